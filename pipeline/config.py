@@ -26,7 +26,7 @@ from rekindle.pipeline.yaml_text import dump_yaml, parse_yaml
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.model.student_config import lora_excludes
 from rekindle.train.objective.estimates import check_estimates
-from rekindle.train.ranking.config import without_groups
+from rekindle.train.ranking.config import missing_groups_message
 from rekindle.train.schedules import is_used
 
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
@@ -162,7 +162,7 @@ class RunConfig(Settings):
         if self.student is not None and (reason := lora_excludes(self.student, self.train)):
             raise ValueError(reason)
         if self.corpus.group_field is None and (key := self.train.key_of_groups):
-            raise ValueError(without_groups(key, "the corpus"))
+            raise ValueError(missing_groups_message(key, "the corpus"))
         check_stages(self.stages)
         for stage in self.stages:
             configure_stage(self, stage)

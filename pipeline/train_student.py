@@ -18,7 +18,7 @@ from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.distributed import join_world
 from rekindle.train.loop import EVERYTHING, TrainResult, train_student
 from rekindle.train.measures import PULL, RATIO
-from rekindle.train.objective.pulls import told_pulls
+from rekindle.train.objective.pulls import describe_pulls
 from rekindle.train.order.length import in_steps
 from rekindle.train.record.identity import recorded_extent, steps_of_run, with_former_defaults
 from rekindle.train.record.stored_run import upload_finished
@@ -58,7 +58,7 @@ def train_from_config(
 
         def report(step: int, values: Mapping[str, float]) -> None:
             nonlocal pulls
-            pulls = told_pulls(values) or pulls
+            pulls = describe_pulls(values) or pulls
             if not task.done:  # start-up and the steps of an earlier call do not count as speed
                 task.begin(step)
                 return

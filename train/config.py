@@ -26,7 +26,9 @@ Batching = Literal["shuffled", "similar_lengths"]  # into batches of one size
 MIXED = ("mixture", "uncertainty", "concatenate")
 
 
-Told = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(as_list)]
+TrackerNames = Annotated[
+    tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(as_list)
+]
 SomeNames = Annotated[Names, Field(min_length=1)]
 
 
@@ -186,20 +188,20 @@ class ObjectiveConfig(Settings):
         weights: list[tuple[str, object]] = [("hard", self.hard.weight)]
         weights += [(f"distill.{n}", term.weight) for n, term in enumerate(self.distill)]
         for number, term in enumerate(self.methods):
-            given = (term.model_extra or {}).get("weight")
-            weights.append((f"methods.{number}", given))
-        for where, weight in weights:
+            weight_setting = (term.model_extra or {}).get("weight")
+            weights.append((f"methods.{number}", weight_setting))
+        for term_name, weight in weights:
             if isinstance(weight, dict):
-                weight = parse_settings(Schedule, weight, f"train.objective.{where}.weight")
+                weight = parse_settings(Schedule, weight, f"train.objective.{term_name}.weight")
             if isinstance(weight, Schedule):
-                yield where, weight
+                yield term_name, weight
 
     def methods_for(self, task: str) -> tuple[MethodTerm, ...]:
         """Return the methods, including the one implied by the student's task."""
-        own = METHOD_OF_TASK.get(task)
-        if own is None or own in {term.method for term in self.methods}:
+        implied = METHOD_OF_TASK.get(task)
+        if implied is None or implied in {term.method for term in self.methods}:
             return self.methods
-        return (*self.methods, MethodTerm(method=own))
+        return (*self.methods, MethodTerm(method=implied))
 
 
 class ReplayConfig(Settings):
@@ -282,7 +284,7 @@ class TrainConfig(StepConfig):
         "ratio to the cross-entropy's, at the first step and then every so many "
         "steps; null: never",
     )
-    report_to: Changeable[Told] = Field(
+    report_to: Changeable[TrackerNames] = Field(
         ("tensorboard",),
         json_schema_extra=one_or_many,
         description=(

@@ -58,7 +58,7 @@ class SentArray(np.ndarray):
         array.sent, array.copied = sent, copied
         return array
 
-    def __array_finalize__(self, other: object) -> None:
+    def __array_finalize__(self, source: object) -> None:
         """Start without a copy."""
         self.sent = self.copied = None
 

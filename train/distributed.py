@@ -87,12 +87,12 @@ class World:
                 dist.all_reduce(values)
         return values
 
-    def gather(self, own: Answer) -> list[Answer]:
-        """Return every process's ``own`` value, by rank; the same everywhere."""
-        gathered = [own] * self.size
+    def gather(self, value: Answer) -> list[Answer]:
+        """Return every process's ``value``, by rank; the same everywhere."""
+        gathered = [value] * self.size
         if self.size > 1:
             with reporting_lost_processes():
-                dist.all_gather_object(gathered, own)
+                dist.all_gather_object(gathered, value)
         return gathered
 
     def agree(self, make: Callable[[], Answer]) -> Answer:

@@ -31,7 +31,7 @@ from rekindle.train.measures import MEASURE, TEACHERS_SINCE
 from rekindle.train.method import Method
 from rekindle.train.method_names import is_better_upwards
 from rekindle.train.model.passes import SharedPasses
-from rekindle.train.objective.held_out_loss import HeldOutLoss, Sums, added, known_term
+from rekindle.train.objective.held_out_loss import HeldOutLoss, Sums, add_sums, known_term
 from rekindle.train.objective.language_loss import head_loss
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.selection import StepPlan, at_masked_positions
@@ -95,11 +95,11 @@ class EvaluationData:
         out reads the first sequence again. Shares are contiguous, so that each process opens few
         shards.
         """
-        own = np.array_split(self.index, world_size)[rank]
-        own = self.cache.longest_first(own) if self.longest_first else own
+        share = np.array_split(self.index, world_size)[rank]
+        share = self.cache.longest_first(share) if self.longest_first else share
         longest = math.ceil(len(self.index) / world_size)
         for start in range(0, longest, self.batch_sequences):
-            numbers = own[start : start + self.batch_sequences]
+            numbers = share[start : start + self.batch_sequences]
             batch = self.cache.gather(
                 numbers if len(numbers) else self.index[:1],
                 self.teachers,
@@ -212,7 +212,7 @@ def _mean_values(
         sums = run(_batch_sums, batch, device, data, batch_loss, world)
         if counts:
             own_sums.append({name: np.array(pair, np.float64) for name, pair in sums.items()})
-    totals = added(world.gather(added(own_sums)))
+    totals = add_sums(world.gather(add_sums(own_sums)))
     if loss is not None:
         loss.join(world)
     means = {name: float(total / count) for name, (total, count) in totals.items() if count}
@@ -233,12 +233,12 @@ def _batch_sums(
     """Return the sums of a batch, and add it to ``loss``: both share the student's passes."""
     # With a sharded student every process must make the same passes, whatever its texts.
     with student.through(SharedPasses(lambda known: not any(world.sum([not known])))):
-        sums, known = _model_sums(student, batch, device, data)
+        sums, term_sums = _model_sums(student, batch, device, data)
         for method in data.methods:
             values = method.evaluate(student, batch, device)
             sums |= {f"{method.name}/{name}": value for name, value in values.items()}
         if loss is not None:
-            loss.add(student, batch, device, sums | known)
+            loss.add(student, batch, device, sums | term_sums)
     return sums
 
 
@@ -247,7 +247,7 @@ def _model_sums(
 ) -> tuple[Sums, Sums]:
     """Return the sums of all values except the methods', and of the terms that these determine."""
     batch = at_masked_positions(batch) if student.task == "masked_lm" else batch
-    sums, known = Sums(), Sums()
+    sums, term_sums = Sums(), Sums()
     vocabulary = [
         (name, target)
         for name, target in batch.targets.items()
@@ -268,13 +268,13 @@ def _model_sums(
                 )
                 sums |= target_sums
             if (term := known_term(data.terms, name, target)) is not None:
-                known[term] = (kd, len(target.rows))
+                term_sums[term] = (kd, len(target.rows))
     for name, answers in batch.targets.items():
         if isinstance(answers, EmbeddingBatch):
             sums |= _vector_sums(name, student, batch, answers, device)
         if isinstance(answers, SequenceTargetBatch | TokenLabelBatch):
             sums |= _task_sums(name, student, batch, answers, device)
-    return sums, known
+    return sums, term_sums
 
 
 def _vocabulary_sums(

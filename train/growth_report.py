@@ -39,8 +39,8 @@ def measure_growth(run: Path, prepared: Prepared) -> Report | None:
         return None
     config = GrowConfig.model_validate(prepared.about["student"]["grow"])
     device = next(prepared.student.parameters()).device
-    before = prepared.ungrown().to(device)
-    report = compare_students(before, prepared.student, prepared.held_out, config, device)
+    ungrown = prepared.ungrown().to(device)
+    report = compare_students(ungrown, prepared.student, prepared.held_out, config, device)
     _log_report(report)
     grown = {key for key, count in report["from"].items() if report["to"][key] > count}
     if config.noise_std == 0 and grown - {"layers", "parameters"}:
@@ -53,8 +53,8 @@ def measure_growth(run: Path, prepared: Prepared) -> Report | None:
 
 
 def compare_students(
-    before: Student,
-    after: Student,
+    ungrown: Student,
+    grown: Student,
     data: EvaluationData,
     config: GrowConfig,
     device: torch.device,
@@ -70,7 +70,7 @@ def compare_students(
     index = data.index[np.arange(count) * len(data.index) // max(count, 1)]
     largest, total, losses, rows = 0.0, 0.0, np.zeros(2), 0
     for batch in replace(data, index=index, teachers=()).batches():
-        for old, new, labels in _logits((before, after), batch, device):
+        for old, new, labels in _logits((ungrown, grown), batch, device):
             change = (new - old).abs()
             largest = max(largest, float(change.max()))
             total += float(change.sum(dtype=torch.float64))
@@ -79,12 +79,12 @@ def compare_students(
     return {
         "preserve": config.preserve,
         "noise_std": config.noise_std,
-        "from": _describe_size(before),
-        "to": _describe_size(after),
+        "from": _describe_size(ungrown),
+        "to": _describe_size(grown),
         "sequences": count,
         "positions": rows,
         "max_logit_change": largest if rows else None,
-        "mean_logit_change": total / (rows * before.vocabulary_size) if rows else None,
+        "mean_logit_change": total / (rows * ungrown.vocabulary_size) if rows else None,
         "before": _text_values(float(losses[0]), rows),
         "after": _text_values(float(losses[1]), rows),
     }

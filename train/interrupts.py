@@ -98,7 +98,7 @@ class Stop:
             self.note_request()
             if self._at_once:
                 raise KeyboardInterrupt
-            again = "" if self._patient else "; a second Ctrl-C ends at once"
-            log.info("told to end: finishing the step and writing a checkpoint%s", again)
+            hint = "" if self._patient else "; a second Ctrl-C ends at once"
+            log.info("told to end: finishing the step and writing a checkpoint%s", hint)
         elif time.monotonic() - self._requested_at > SAME_SIGNAL_SECONDS and not self._patient:
             raise KeyboardInterrupt

@@ -216,7 +216,7 @@ def _limit_cache(
     cache: Cache,
     student: StudentConfig,
     masked_view: str | None,
-    asked: Extent,
+    requested: Extent,
     run: Path | None,
     world: World,
 ) -> Cache:
@@ -225,10 +225,10 @@ def _limit_cache(
     """
 
     def settle() -> Extent:
-        before = EVERYTHING if run is None else recorded_extent(run)
+        recorded = EVERYTHING if run is None else recorded_extent(run)
         view = student_masks(cache, student, masked_view)
-        extent = settle_extent(asked, cache.teachers.values(), view, before)
-        if run is not None and before == EVERYTHING and (run / RUN_FILE).is_file():
+        extent = settle_extent(requested, cache.teachers.values(), view, recorded)
+        if run is not None and recorded == EVERYTHING and (run / RUN_FILE).is_file():
             read_k = {name: targets.k for name, targets in extent.targets.items()}
             log.info(
                 "%s was begun by an earlier version, which did not record how much of the cache "

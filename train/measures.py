@@ -35,6 +35,6 @@ def true_names(values: Mapping[str, Value], measure: int) -> dict[str, Value]:
         return dict(values)
     parts = {name: name.partition("/") for name in values}
     return {
-        ("ce" + slash + rest if first == "loss" else name): values[name]
-        for name, (first, slash, rest) in parts.items()
+        ("ce" + slash + suffix if first == "loss" else name): values[name]
+        for name, (first, slash, suffix) in parts.items()
     }

@@ -18,18 +18,19 @@ UPWARDS = ("accuracy", "precision", "recall", "f1", "agreement")
 
 def unknown_method(name: str) -> str | None:
     """Return why there is no method of that name, naming the nearest; None if there is one."""
-    own = own_methods()
-    if name in own:  # found, so installed packages need not be searched
+    own_names = own_methods()
+    if name in own_names:  # found, so installed packages need not be searched
         return None
-    known = sorted(own | installed_methods().keys())
-    if name in known:
+    known_names = sorted(own_names | installed_methods().keys())
+    if name in known_names:
         return None
     former_file = Path(__file__).parent / f"method_{name}.py"
     if name.isidentifier() and former_file.is_file() and former_file != Path(__file__):
         return f"{former_file} is where methods used to be; move it to train/methods/{name}.py"
     return (
-        f"there is no method {name!r}{did_you_mean(name, known)} (known: {', '.join(known)}; a new "
-        f"one is a file train/methods/NAME.py, or an installed entry point of the group {GROUP})"
+        f"there is no method {name!r}{did_you_mean(name, known_names)} (known: "
+        f"{', '.join(known_names)}; a new one is a file train/methods/NAME.py, or an installed "
+        f"entry point of the group {GROUP})"
     )
 
 

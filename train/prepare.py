@@ -37,8 +37,8 @@ from rekindle.train.model.lora import describe_adapter, describe_missing_head
 from rekindle.train.model.routers import balance_weight, describe_load_balancing
 from rekindle.train.model.student_config import lora_excludes
 from rekindle.train.objective.objective import Objective
-from rekindle.train.objective.ready import MakeReady, SideStream
-from rekindle.train.objective.terms import told_of_between
+from rekindle.train.objective.ready import BatchPreparer, SideStream
+from rekindle.train.objective.terms import describe_interpolation
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
 from rekindle.train.record.coverage import check_covered
@@ -92,7 +92,7 @@ def prepare(
     tokenizer = check_tokenizer(cache.corpus, student_config)
     _check_best(cache, config, objective, measure)
     for name in objective.teachers:
-        if world.main and not is_continued and name in objective.taught:
+        if world.main and not is_continued and name in objective.taught_teachers:
             cache.teacher(name).check_files()
         if warning := _describe_few_pairs(cache.teacher(name)):
             log.warning("%s", warning)
@@ -109,7 +109,7 @@ def prepare(
         world_size=world.size,
         threads=config.prefetch_threads,
         longest_first=size < config.batch_sequences // world.size,
-        ready=MakeReady(
+        ready=BatchPreparer(
             objective,
             config.micro_batch_sequences,
             SideStream(world.device) if world.device.type == "cuda" else None,
@@ -179,7 +179,7 @@ def prepare_objective(
             "masked LM's. Set train.objective.hard.weight: 0 and learn from classifiers only, or "
             "make a cache with a tokenizer that has one"
         )
-    for line in told_of_between(config.objective.distill, infos):
+    for line in describe_interpolation(config.objective.distill, infos):
         log.info("%s", line)
     for name, info in infos.items():
         if info.view_class.masked and info.view != masked_view:
@@ -323,8 +323,8 @@ def _log_not_exportable(student: Student) -> None:
         reasons = {name: not_exportable(student, name) for name in student.head_configs}
     problems = {name: why for name, why in reasons.items() if why is not None}
     if problems:
-        first, *others = problems
-        also = f" (nor can {', '.join(map(repr, others))})" if others else ""
+        first, *other_heads = problems
+        also = f" (nor can {', '.join(map(repr, other_heads))})" if other_heads else ""
         log.info("student: %s%s", problems[first], also)
 
 
@@ -371,7 +371,11 @@ def describe_run(
     names = [*objective.teachers]
     names += [config.curriculum.teacher] if config.curriculum is not None else []
     teachers = {name: cache.teacher(name) for name in names}
-    taught = [name for name in names if name in objective.taught or name not in objective.teachers]
+    taught = [
+        name
+        for name in names
+        if name in objective.taught_teachers or name not in objective.teachers
+    ]
     replicas = {} if masked_view is None else {"replicas": cache.masked_view(masked_view).replicas}
     targets = {name: one for name, one in cache.extent.targets.items() if name in teachers}
     views = {name: t.view for name, t in objective.teachers.items() if t.sees_clean_text}

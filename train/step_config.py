@@ -99,13 +99,13 @@ class StepConfig(Settings):
 
     @model_validator(mode="after")
     def _has_a_length(self) -> "StepConfig":
-        given = [name for name in LENGTHS if getattr(self, name)]
-        if len(given) > 1:
+        lengths = [name for name in LENGTHS if getattr(self, name)]
+        if len(lengths) > 1:
             raise ValueError(
-                f"{' and '.join(given)} are given, but each of them sets how long the run is; "
-                f"give one (--set train.{given[-1]}=… replaces the others)"
+                f"{' and '.join(lengths)} are given, but each of them sets how long the run is; "
+                f"give one (--set train.{lengths[-1]}=… replaces the others)"
             )
-        if not given:
+        if not lengths:
             raise ValueError(
                 "steps is null, and nothing else says how long the run is; give one of "
                 f"{', '.join(LENGTHS)}"

@@ -24,7 +24,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
 from rekindle.train.deferred.recording import try_when_filled
-from rekindle.train.embedding.student import check_asked, for_student, output_of
+from rekindle.train.embedding.student import check_embedding, choose_output, fit_head
 from rekindle.train.method import add_module, find_method
 from rekindle.train.model.files import (
     base_fingerprints,
@@ -320,7 +320,7 @@ def build_student(
     (``rekindle.train.growth.student``).
     """
     check_student(config, vocabulary_size, sequence_length)
-    check_asked(config, heads)
+    check_embedding(config, heads)
     directory = resolve_model(config.model)
     torch.manual_seed(seed)
     attention, fresh = config.chosen_attention, False
@@ -339,7 +339,7 @@ def build_student(
     }
     student = Student(model, task, head_configs, vocabulary_size, prompt_domains)
     student.sequence_length = sequence_length or None
-    student.vectors = output_of(config, head_configs)
+    student.vectors = choose_output(config, head_configs)
     if adapter is not None:
         base_place = (
             directory.resolve() if Path(config.model).expanduser().is_dir() else config.model
@@ -363,7 +363,7 @@ def _configure_head(
     An embedding head also gets what the student's size decides.
     """
     if head.kind == "embedding":
-        return for_student(head, name, config, model.config)
+        return fit_head(head, name, config, model.config)
     padding = None
     if config.head == "family" and padding_of(model.config) is None and tokenizer is not None:
         candidates = (tokenizer.hf.pad_token_id, tokenizer.eos_id)

@@ -56,7 +56,7 @@ from rekindle.pipeline.processes.units import Executor, OnThisMachine, Work
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.interrupts import reporting_interrupts
 from rekindle.train.order.domains import check_domains
-from rekindle.train.order.sequences import told_of_few
+from rekindle.train.order.sequences import describe_too_few
 from rekindle.train.record.disk_room import DiskRoom
 from rekindle.train.running_out import report_shortage
 
@@ -139,7 +139,7 @@ def cache_teachers(
         for line in few_pairs_warnings(corpus, views, chosen):
             log.warning("%s", line)
         if config.student is not None:
-            for line in told_of_few(config.train, len(corpus)):
+            for line in describe_too_few(config.train, len(corpus)):
                 log.warning("%s", line)
         hard_masks = hard_view(corpus, config)
         views = replace(views, masked=hard_masks or views.masked)

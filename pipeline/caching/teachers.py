@@ -37,14 +37,14 @@ from rekindle.pipeline.caching.vocabulary import TokenColumns, count_shared, tok
 from rekindle.pipeline.describing.encoders import find_teacher
 from rekindle.pipeline.describing.heads import head_info
 from rekindle.pipeline.teacher_config import TeacherConfig
-from rekindle.train.answers.recorded import recorded
+from rekindle.train.answers.recorded import read_expert_record
 from rekindle.train.embedding.encoder import SentenceEncoder
 from rekindle.train.embedding.folder import EncoderFolder
 from rekindle.train.embedding.texts import (
+    describe_prompts,
     longest_text,
     own_tokenizer,
     skipped_tokens,
-    told_of_prompts,
 )
 from rekindle.train.model.files import (
     Placement,
@@ -130,7 +130,7 @@ def plan_teacher(
     assert views.masked is not None or not config.sees_masks
     if encoder is not None:
         info |= configured_fields(config, views, size, encoder.width(settings.hidden_size))
-        info |= {"pooling": encoder.told_pooling, "normalised": encoder.normalised}
+        info |= {"pooling": encoder.pooling_name, "normalised": encoder.normalised}
         info |= {"prompt": encoder.prompt or None}
         info["fingerprints"] = {**fingerprints, "modules": encoder.fingerprint}
     elif config.vocabulary:
@@ -151,7 +151,7 @@ def plan_teacher(
             share = 1.0 if views.masked is None or config.view == "clean" else views.masked.share
             info["rows_per_batch"] = compact_rows(corpus.info["config"]["sequence_length"] * share)
     else:
-        if config.pairs == RECORD and recorded(directory).pairs is False:
+        if config.pairs == RECORD and read_expert_record(directory).pairs is False:
             raise InputError(
                 f"{subject} was fine-tuned on single texts, but with corpus.pair_field each record "
                 "is a pair; give an expert on pairs, or cache this one over a corpus of single "
@@ -298,7 +298,7 @@ class Teacher:
         if plan.encoder is not None:
             self.encoder = SentenceEncoder(self.model, plan.encoder, device)
             self.skipped = skipped_tokens(plan.encoder, self.tokenizer)
-            if prompt_note := told_of_prompts(plan.encoder, plan.config.prompt is not None):
+            if prompt_note := describe_prompts(plan.encoder, plan.config.prompt is not None):
                 log.info("%s: %s", subject, prompt_note)
         # As in fine-tuning: segments are for models with two, whose tokenizer tells them apart.
         has_segments = "token_type_ids" in self.tokenizer.hf.model_input_names

@@ -27,7 +27,7 @@ from rekindle.pipeline.plan.text import MIN_PADDING_SHOWN
 from rekindle.pipeline.report.table import Table, table_of
 from rekindle.pipeline.report.text import terminal_width, text_lines
 from rekindle.train.config import TrainConfig
-from rekindle.train.order.similar_lengths import padded
+from rekindle.train.order.similar_lengths import padding_ratios
 
 SAMPLE_SHARDS = 8  # record batches read for the histograms
 SAMPLE_PLACES = 64  # places at which the lengths of some sequences are read
@@ -130,7 +130,7 @@ def _padding(cache: Cache) -> dict[str, float]:
         return {}
     places = np.linspace(0, len(cache) - 1, SAMPLE_PLACES).astype(np.int64)
     sampled = np.unique(places[:, None] + np.arange(SAMPLE_PLACES // 8))
-    return padded(cache.lengths(sampled[sampled < len(cache)]), BATCH)
+    return padding_ratios(cache.lengths(sampled[sampled < len(cache)]), BATCH)
 
 
 def _bytes_per_token(cache: Cache, teacher: TeacherReader) -> float:

@@ -110,8 +110,8 @@ def finetune(
     spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
     epochs_note = ", at their best epochs" if spread and config.patience else ""
     typer.echo(f"{result.shown_metric} on {dev}: {result.mean:.4f}{spread}{epochs_note}")
-    if result.kept is not None:
-        typer.echo(f"kept: {result.kept}")
+    if result.kept_model is not None:
+        typer.echo(f"kept: {result.kept_model}")
     typer.echo(f"expert: {place}" if config.epochs else f"scores: {place}")
     if config.epochs:
         from rekindle.pipeline.commands.next_commands import next_commands
@@ -181,14 +181,14 @@ def evaluate(
         from rekindle.pipeline.commands import asking
 
         result = asking.measure_perplexity(model, text, text_field, set_)
-        typer.echo(json.dumps(result.as_dict()) if as_json else result.told())
+        typer.echo(json.dumps(result.as_dict()) if as_json else result.summary())
         return
     from rekindle.pipeline.commands import asking
 
     out_file = None if out is None else str(out)
     fields = (text_field, label_field)
     evaluation = asking.score_model(model, str(test), head, metric, out_file, force, fields, set_)
-    typer.echo(json.dumps(evaluation.as_dict()) if as_json else evaluation.told())
+    typer.echo(json.dumps(evaluation.as_dict()) if as_json else evaluation.summary())
 
 
 def predict(
@@ -214,7 +214,7 @@ def predict(
 
     result = asking.write_predictions(model, text, out, head, force, text_field, set_)
     if out != "-":
-        typer.echo(json.dumps(result.as_dict()) if as_json else result.told())
+        typer.echo(json.dumps(result.as_dict()) if as_json else result.summary())
 
 
 def generate(
@@ -235,7 +235,7 @@ def generate(
     from rekindle.pipeline.commands import asking
 
     result = asking.generate_rows(model, prompts, out, force, set_)
-    typer.echo(json.dumps(result.as_dict()) if as_json else result.told())
+    typer.echo(json.dumps(result.as_dict()) if as_json else result.summary())
 
 
 def export(

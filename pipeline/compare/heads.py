@@ -22,17 +22,17 @@ from rekindle.pipeline.compare.standing import Draws, OnRows, Right, Standing, d
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.report.scores import TaskScores
 from rekindle.train.answers.config import AskConfig
-from rekindle.train.answers.encoder import open_asked
+from rekindle.train.answers.encoder import open_text_judge
 from rekindle.train.answers.evaluate import check_pairs, metric_of
 from rekindle.train.answers.judge import Judge, open_judge
-from rekindle.train.answers.labelled import as_asked, read_labelled
-from rekindle.train.answers.recorded import Recorded, as_its_own, recorded
+from rekindle.train.answers.labelled import read_labelled, with_problem
+from rekindle.train.answers.recorded import ExpertRecord, fill_own_settings, read_expert_record
 from rekindle.train.answers.score import judged_scores
 from rekindle.train.embedding.folder import check_encoder_folder, is_encoder_folder
 from rekindle.train.finetune.entities import entities
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.metrics import (
-    named,
+    as_file_labels,
     predictions_of,
     printed_name,
     score,
@@ -58,9 +58,13 @@ class _Entrant:
     head: str | None = None
 
     @property
-    def before(self) -> Recorded:
+    def before(self) -> ExpertRecord:
         """Return how an expert was fine-tuned."""
-        return Recorded() if self.head is not None else recorded(resolve_model(self.place))
+        return (
+            ExpertRecord()
+            if self.head is not None
+            else read_expert_record(resolve_model(self.place))
+        )
 
 
 def with_heads(
@@ -86,7 +90,7 @@ def with_heads(
     asked = [_asked(test, runs) for test in tests]
     beside = _experts(experts, list(dict.fromkeys(head for head, _ in asked)), runs)
     for head, file in asked:
-        read_file(file, as_asked(config, TAGS if _tags(head, runs) else ""))
+        read_file(file, with_problem(config, TAGS if _tags(head, runs) else ""))
     found = []
     for head, file in asked:
         own = _students(head, file, runs)
@@ -201,7 +205,7 @@ def _standing(
     vectors = saved_heads(Path(students[0].place))[head].pooling  # None: no vectors
     for one in (*experts, *students):
         judge, before = _opened(one, vectors, config, file), one.before
-        asked = as_its_own(config, before, one.name)
+        asked = fill_own_settings(config, before, one.name)
         data = read_labelled(file, judge, asked)
         check_pairs(before, data.pairs is not None, one.place, file)
         metric = metric_of(metric, judge.metric, data)
@@ -235,8 +239,8 @@ def _opened(one: _Entrant, vectors: str | None, config: AskConfig, file: str) ->
     asked = config.model_copy(update={"pooling": (config.pooling or vectors) if plain else None})
     if plain:
         log.info("%s is no sentence encoder: its states are pooled by %s", one.name, asked.pooling)
-    pairs = read_file(file, as_asked(config, "")).pairs is not None
-    return open_asked(one.place, None, asked, pairs, scored=file)
+    pairs = read_file(file, with_problem(config, "")).pairs is not None
+    return open_text_judge(one.place, None, asked, pairs, scored=file)
 
 
 def _mean_of(each: NDArray[np.float64]) -> Score:
@@ -278,7 +282,10 @@ def _score_of_tags(data: TaskData, logits: np.ndarray, metric: str) -> Score:
     """Count by text: right tags among all, or right entities among those predicted and those
     present.
     """
-    said, true = named(data, predictions_of(TAGS, logits)), named(data, data.labels)
+    said, true = (
+        as_file_labels(data, predictions_of(TAGS, logits)),
+        as_file_labels(data, data.labels),
+    )
     right, both = np.zeros(len(data)), np.zeros(len(data))
     for row, (own, wanted) in enumerate(zip(said, true, strict=True)):
         assert isinstance(own, list)

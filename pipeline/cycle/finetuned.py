@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rekindle.data.errors import CheckpointError
-from rekindle.train.finetune.config import FORMER_FIELDS, TaskSettings, with_once_fixed
+from rekindle.train.finetune.config import FORMER_FIELDS, TaskSettings, fill_former_defaults
 from rekindle.train.finetune.result import RESULT_FILE, WRITER, FinetuneResult, best_of
 from rekindle.train.ranking.kinds import RANKING
 from rekindle.train.record.run_folder import read_record
@@ -83,7 +83,7 @@ class FineTuned(FinetuneResult):
     @property
     def budget(self) -> dict[str, object]:
         """The settings; for the arm ``longer``, as they would be at the common length."""
-        config = with_once_fixed(self.config)
+        config = fill_former_defaults(self.config)
         if self.arm != LONGER:
             return config
         halved = {key: config.get(key) for key in _DOUBLED}

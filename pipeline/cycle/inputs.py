@@ -31,7 +31,7 @@ from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
 from rekindle.train.finetune.label_lists import SEVERAL
 from rekindle.train.finetune.metrics import chosen_metric
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.ranking.groups import groups_in_order, whole_until
+from rekindle.train.ranking.groups import count_whole_groups, shuffle_groups
 
 TASKS_FOLDER = "tasks"
 logger = logging.getLogger("rekindle")
@@ -111,7 +111,7 @@ def read_tasks(config: CycleConfig, tell: bool = True) -> list[TaskFiles]:
     for one in found if tell else ():
         for name, split in one.splits.items():
             if name != "dev" or one.task.dev:  # else it is part of train
-                logger.info("task %s, %s: %s", one.task.name, name, split.described())
+                logger.info("task %s, %s: %s", one.task.name, name, split.describe())
     return found
 
 
@@ -148,7 +148,7 @@ def _read(
     random = np.random.Generator(np.random.Philox(key=[seed, 0]))
     order = random.permutation(len(train))
     if train.groups is not None:
-        order = groups_in_order(train.groups, random)
+        order = shuffle_groups(train.groups, random)
     rows = {name: np.arange(len(split)) for name, split in splits.items()}
     tests = {*map(_normalised, _examples(splits["test"], rows["test"]))}
     held = {
@@ -169,7 +169,7 @@ def _read(
     if task.dev is None:
         count = min(task.dev_examples, len(order) // _MOST_DEV)
         if count and train.groups is not None:  # a group is in one split
-            count = whole_until(train.groups[order], count) % len(order)
+            count = count_whole_groups(train.groups[order], count) % len(order)
         if count == 0:
             raise InputError(
                 f"task {task.name!r}: {task.train} has {counted(len(train), 'example')}, too "
@@ -179,7 +179,7 @@ def _read(
     order = _of_each_class(task, train, order, tell)
     taken = task.train_examples
     if taken and train.groups is not None:
-        taken = whole_until(train.groups[order], taken)
+        taken = count_whole_groups(train.groups[order], taken)
     rows["train"] = np.sort(order[:taken])
     metric = chosen_metric(task.metric, train)
     if task.pairs and train.pairs is None:

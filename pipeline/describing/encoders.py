@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.embedding.folder import EncoderFolder, check_encoder_folder
-from rekindle.train.embedding.texts import described
+from rekindle.train.embedding.texts import describe_encoder_in
 from rekindle.train.model.folder import resolve_model
 
 
@@ -25,5 +25,5 @@ def find_teacher(
     if config.task != "embedding":
         return directory, None
     settings = (config.pooling, config.normalise, config.prompt)
-    encoder = described(directory, config.model, *settings)
+    encoder = describe_encoder_in(directory, config.model, *settings)
     return encoder.transformer, encoder

@@ -37,8 +37,8 @@ from rekindle.pipeline.progress import Progress
 from rekindle.train.model.files import place
 from rekindle.train.model.headers import has_fresh_head
 from rekindle.train.model.heads import describe_fresh_head
-from rekindle.train.order.sequences import told_of_few
-from rekindle.train.order.similar_lengths import padded
+from rekindle.train.order.sequences import describe_too_few
+from rekindle.train.order.similar_lengths import padding_ratios
 from rekindle.train.precision import describe_slow_precision
 from rekindle.train.schedules import is_used
 
@@ -97,7 +97,7 @@ def _padding(config: RunConfig, survey: CorpusSurvey) -> Padding | None:
         steps.lengths(s, 0, min(c.rows, ROWS_PER_BATCH)) for s, c in enumerate(steps.commits)
     ]
     sizes = (train.batch_sequences, train.micro_batch_sequences)
-    return Padding(train.batching, **padded(np.concatenate(lengths), *sizes))
+    return Padding(train.batching, **padding_ratios(np.concatenate(lengths), *sizes))
 
 
 def _corpus_warnings(config: RunConfig, survey: CorpusSurvey, views: Views) -> list[str]:
@@ -105,7 +105,7 @@ def _corpus_warnings(config: RunConfig, survey: CorpusSurvey, views: Views) -> l
     warnings = few_pairs_warnings(survey.steps, views, config.teachers)
     warnings += _fresh_head_warnings(config, survey)
     if config.student is not None and not survey.estimated:
-        warnings += told_of_few(config.train, survey.sequences)
+        warnings += describe_too_few(config.train, survey.sequences)
     return warnings
 
 

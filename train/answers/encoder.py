@@ -12,7 +12,7 @@ from rekindle.data.errors import InputError
 from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.judge import Judge, open_judge
 from rekindle.train.embedding.folder import check_encoder_folder, is_encoder_folder
-from rekindle.train.embedding.texts import TextEncoder, describe_encoder, told_of_prompts
+from rekindle.train.embedding.texts import TextEncoder, describe_encoder, describe_prompts
 from rekindle.train.finetune.encoded import EncodedTexts
 from rekindle.train.finetune.predictions import Answer, Answers
 from rekindle.train.finetune.task_data import TaskData
@@ -27,7 +27,7 @@ log = logging.getLogger("rekindle")
 QUERY, DOCUMENT = ("query",), ("document", "passage", "corpus")
 
 
-def open_asked(
+def open_text_judge(
     model: str, head: str | None, settings: AskConfig, pairs: bool, scored: str | None = None
 ) -> Judge:
     """Load what answers about texts, or ``pairs`` of them: a sentence encoder, or else what
@@ -85,60 +85,61 @@ class EncoderJudge(Judge):
     """Gives the cosine of a row's two texts as a score; for single texts their vectors."""
 
     head = None
-    says_problem = True
+    states_problem = True
     labels = ("cosine",)
     metric = "spearman"  # as STS is scored
 
     def __init__(self, model: str, settings: AskConfig, pairs: bool):
-        self.who = f"the sentence encoder {model!r}"
+        self.subject = f"the sentence encoder {model!r}"
         # A cosine does not depend on the vectors' lengths.
         normalise = bool(settings.normalise) if pairs and settings.pooling else settings.normalise
-        about = describe_encoder(model, settings.pooling, normalise, settings.prompt)
+        folder = describe_encoder(model, settings.pooling, normalise, settings.prompt)
         with quiet_transformers():
-            self.encoder = TextEncoder.of(about)
-        self.asked = settings.prompt
+            self.encoder = TextEncoder.of(folder)
+        self.prompt_setting = settings.prompt
         self.pairs = pairs
         self.answers: Answers = (Answers if pairs else VectorAnswers)("regression", self.labels)
-        self.searches = False  # whether the first texts are queries, the second documents
-        if told := told_of_prompts(about, settings.prompt is not None):
-            log.info("%s: %s", model, told)
+        self.is_search = False  # whether the first texts are queries, the second documents
+        if note := describe_prompts(folder, settings.prompt is not None):
+            log.info("%s: %s", model, note)
 
     def check_task(self, data: TaskData) -> None:
         """Raise InputError for labels that are not scores."""
         super().check_task(data)
-        self.searches = data.problem == RANKING
+        self.is_search = data.problem == RANKING
 
     def read(self, data: TaskData, max_length: int | None) -> EncodedSides:
         """Return each distinct text once."""
         encoder, sides = self.encoder, [data.texts, *([data.pairs] if data.pairs else [])]
-        known: dict[tuple[str, str], int] = {}
+        numbers: dict[tuple[str, str], int] = {}
         prompts = self._prompts
         places = [
-            [known.setdefault((prompt, text), len(known)) for text in side]
+            [numbers.setdefault((prompt, text), len(numbers)) for text in side]
             for side, prompt in zip(sides, prompts, strict=False)
         ]
         longest = min(max_length or encoder.max_length, encoder.max_length)
-        ids = [encoder.ids([text], prompt, longest)[0] for prompt, text in known]
-        whole = encoder.tokenizer.uncut_lengths([prompt + text for prompt, text in known])
+        ids = [encoder.ids([text], prompt, longest)[0] for prompt, text in numbers]
+        lengths = encoder.tokenizer.uncut_lengths([prompt + text for prompt, text in numbers])
         skipped = {prompt: encoder.skipped(prompt) for prompt in prompts}
-        limits = (longest, encoder.max_length, int((whole > longest).sum()), int(max(whole)))
+        cut = int((lengths > longest).sum())
+        limits = (longest, encoder.max_length, cut, int(max(lengths)))
         return EncodedSides(
             ids,
             None,
             0,
             *limits,
             sides=np.array(places, np.int64).T,
-            skipped=[skipped[prompt] for prompt, _ in known],
+            skipped=[skipped[prompt] for prompt, _ in numbers],
         )
 
     @property
     def _prompts(self) -> tuple[str, str]:
         """Return the prompts of the first texts and of the second: for a search its own prompts."""
-        about = self.encoder.about
-        if self.asked is not None or not self.searches:
-            return about.prompt, about.prompt
+        folder = self.encoder.folder
+        if self.prompt_setting is not None or not self.is_search:
+            return folder.prompt, folder.prompt
         first, second = (
-            next((about.prompts[name] for name in names if name in about.prompts), about.prompt)
+            next((folder.prompts[name] for name in names if name in folder.prompts), folder.prompt)
             for names in (QUERY, DOCUMENT)
         )
         return first, second
@@ -149,7 +150,7 @@ class EncoderJudge(Judge):
         vectors = self.encoder.vectors_of(encoded.input_ids, encoded.skipped)
         if not self.pairs:
             return vectors[encoded.sides[:, 0]]
-        wide = vectors.astype(np.float64)
-        wide /= np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-30)
-        first, second = (wide[encoded.sides[:, side]] for side in (0, 1))
+        unit_vectors = vectors.astype(np.float64)
+        unit_vectors /= np.maximum(np.linalg.norm(unit_vectors, axis=1, keepdims=True), 1e-30)
+        first, second = (unit_vectors[encoded.sides[:, side]] for side in (0, 1))
         return (first * second).sum(axis=1, keepdims=True).astype(np.float32)

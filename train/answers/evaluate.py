@@ -11,15 +11,20 @@ from rekindle.data.source.sources import recorded_origin
 from rekindle.data.storage.atomic import new_file
 from rekindle.data.text_files import STDIN
 from rekindle.train.answers.config import AskConfig
-from rekindle.train.answers.encoder import open_asked
-from rekindle.train.answers.judge import recorded_of, tags_words
-from rekindle.train.answers.labelled import as_asked, read_labelled
-from rekindle.train.answers.recorded import Recorded, as_recorded
+from rekindle.train.answers.encoder import open_text_judge
+from rekindle.train.answers.judge import find_expert_record, tags_words
+from rekindle.train.answers.labelled import read_labelled, with_problem
+from rekindle.train.answers.recorded import ExpertRecord, fill_from_record
 from rekindle.train.answers.score import judged_scores
 from rekindle.train.answers.target import check_target
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.finetune.label_lists import TAGS
-from rekindle.train.finetune.metrics import METRICS, chosen_metric, printed_name, tell_undefined
+from rekindle.train.finetune.metrics import (
+    METRICS,
+    chosen_metric,
+    log_undefined_scores,
+    printed_name,
+)
 from rekindle.train.finetune.predictions import write_predictions
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.finetune.task_files import read_file
@@ -56,7 +61,7 @@ class Evaluation:
         """Return it as plain values for JSON."""
         return {**asdict(self), "value": self.value}
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """Return the scores in lines, the chosen metric first."""
         names = [self.metric, *(name for name in self.scores if name != self.metric)]
         shown = {name: printed_name(name, self.problem, len(self.class_counts)) for name in names}
@@ -87,20 +92,22 @@ def evaluate_file(
         raise InputError("out is -, but only predict writes predictions to stdout; give a file")
     if out is not None:
         check_target(out, test, model, force)
-    rows, before = read_rows(test), recorded_of(model)
+    rows, record = read_rows(test), find_expert_record(model)
     # batch_size is taken over too: the last digits depend on it and should be those of
     # metrics.json.
-    asked = config or AskConfig()
-    settings = as_recorded(asked, before, next(rows, {}).keys(), also=("batch_size",))
+    given_settings = config or AskConfig()
+    settings = fill_from_record(
+        given_settings, record, next(rows, {}).keys(), others=("batch_size",)
+    )
     # Report wrong columns before a model is loaded.
-    texts = read_file(test, as_asked(settings, TAGS if tags_words(model, head) else ""))
-    check_pairs(before, texts.pairs is not None, model, test)
-    judge = open_asked(model, head, settings, texts.pairs is not None, test)
+    texts = read_file(test, with_problem(settings, TAGS if tags_words(model, head) else ""))
+    check_pairs(record, texts.pairs is not None, model, test)
+    judge = open_text_judge(model, head, settings, texts.pairs is not None, test)
     data = read_labelled(test, judge, settings, texts)
-    metric = metric_of(metric, judge.metric or before.metric, data)
+    metric = metric_of(metric, judge.metric or record.metric, data)
     answers = replace(judge.answers, threshold=settings.threshold)
-    log.info("%s: %s", test, data.described())
-    tell_undefined(test, data)
+    log.info("%s: %s", test, data.describe())
+    log_undefined_scores(test, data)
     watch.expect(len(data))
     with report_shortage(Path(out or test), lambda: "", less_memory(settings)):
         scores, logits, cut = judged_scores(judge, data, settings, watch, name=test)
@@ -125,28 +132,29 @@ def evaluate_file(
     )
 
 
-def metric_of(wanted: str | None, usual: str | None, data: TaskData) -> str:
-    """Return the metric that is asked for, or the model's ``usual`` one if it fits the data."""
-    usual = usual if usual in METRICS[data.problem] else None
-    if usual == "f1" and len(data.label_names) == 2 and data.positive is None:
-        usual = None
-    return chosen_metric(wanted or usual, data)
+def metric_of(requested: str | None, default: str | None, data: TaskData) -> str:
+    """Return the metric that is asked for, or the model's ``default`` one if it fits the data."""
+    default = default if default in METRICS[data.problem] else None
+    if default == "f1" and len(data.label_names) == 2 and data.positive is None:
+        default = None
+    return chosen_metric(requested or default, data)
 
 
-def check_pairs(before: Recorded, paired: bool, model: str, path: str) -> None:
+def check_pairs(record: ExpertRecord, has_pairs: bool, model: str, path: str) -> None:
     """Raise InputError for pairs if an expert was fine-tuned on single texts, and for single texts
     if it was fine-tuned on pairs.
     """
-    if before.pairs in (None, paired):
+    if record.pairs in (None, has_pairs):
         return
-    taught, given = ("pairs of texts", "single texts")[:: 1 if before.pairs else -1]
-    name = f"name the {'two columns of the texts' if before.pairs else 'one column of the text'}"
+    trained_on, given_texts = ("pairs of texts", "single texts")[:: 1 if record.pairs else -1]
+    advice = f"name the {'two columns of the texts' if record.pairs else 'one column of the text'}"
     if path != STDIN and recorded_origin(path).format == "txt":
-        name = (
+        advice = (
             "a txt has no columns; give a jsonl, csv, tsv or parquet file with two, and name them"
         )
     raise InputError(
-        f"{model!r} was fine-tuned on {taught}, but {path} has {given}: {name} with --text-field"
+        f"{model!r} was fine-tuned on {trained_on}, but {path} has {given_texts}: {advice} with "
+        "--text-field"
     )
 
 

@@ -69,7 +69,7 @@ class Generated:
         """Return it as plain values for JSON."""
         return asdict(self)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """Return a summary in lines."""
         lines = [
             f"{self.out}: {counted(self.rows, 'row')}, {counted(self.tokens, 'token')} generated; "
@@ -78,8 +78,8 @@ class Generated:
             "in corpus.source: {path: " + self.out + ", format: tokens}",
         ]
         if self.too_long:
-            told = counted(self.too_long, "prompt")
-            lines.append(f"left out, because max_new_tokens does not fit after them: {told}")
+            count = counted(self.too_long, "prompt")
+            lines.append(f"left out, because max_new_tokens does not fit after them: {count}")
         return "\n".join(lines)
 
 
@@ -123,9 +123,9 @@ def generate_file(
         raise _cannot(model, network.task)
     if network.prompts is not None:
         raise InputError(f"{model!r} has prompts of its own for domains; it cannot generate")
-    found = _prompts(rows, prompts, tokenizer, model, config)
+    all_prompts = _prompts(rows, prompts, tokenizer, model, config)
     room = (longest_input(network.model.config) or 1 << 40) - config.max_new_tokens
-    fitting = [one for one in found if len(one.ids) <= room]
+    fitting = [one for one in all_prompts if len(one.ids) <= room]
     if not fitting:
         raise InputError(
             f"no prompt of {prompts} leaves room for max_new_tokens {config.max_new_tokens}: the "
@@ -136,7 +136,7 @@ def generate_file(
     half = max(1, config.batch_tokens // 2)
     advice = f"Lower batch_tokens: `--set batch_tokens={half}`"
     directory = resolve_model(model)
-    about = {
+    origin = {
         "model": model,
         "weights": weights_fingerprint(directory),
         "tokenizer": tokenizer.digest,
@@ -149,7 +149,7 @@ def generate_file(
         torch.inference_mode(),
     ):
         answers = work.answers(fitting, watch)
-        write_lines(Path(out), work.rows(fitting, answers), _with(about))
+        write_lines(Path(out), work.rows(fitting, answers), _with(origin))
     return Generated(
         model=model,
         prompts=prompts,
@@ -157,34 +157,34 @@ def generate_file(
         rows=sum(map(len, answers)),
         tokens=sum(len(ids) for each in answers for ids in each),
         ended=work.ended,
-        too_long=len(found) - len(fitting),
+        too_long=len(all_prompts) - len(fitting),
         seconds=time.perf_counter() - started,
     )
 
 
-def _with(about: Mapping[str, object]) -> Publish:
+def _with(origin: Mapping[str, object]) -> Publish:
     """Return a function that publishes rows together with the record of their origin: never alone,
     and never beside the record of other rows, wherever it is interrupted.
     """
 
     def publish(rows: Path, out: Path) -> None:
-        def both(told: Path, beside: Path) -> None:
+        def replace_both(record: Path, final_record: Path) -> None:
             out.unlink(missing_ok=True)
-            os.replace(told, beside)
+            os.replace(record, final_record)
             os.replace(rows, out)
 
-        write_json(Path(f"{out}{RECORD_SUFFIX}"), about, both)
+        write_json(Path(f"{out}{RECORD_SUFFIX}"), origin, replace_both)
 
     return publish
 
 
 def _check_causal(model: str) -> None:
     directory = resolve_model(model)
-    said = None
+    task = None
     if not (directory / ABOUT_FILE).is_file():
-        said = recorded_task(load_config(directory))
-    if said not in (None, "causal_lm"):
-        raise _cannot(model, str(said))
+        task = recorded_task(load_config(directory))
+    if task not in (None, "causal_lm"):
+        raise _cannot(model, str(task))
 
 
 def _cannot(model: str, task: str) -> InputError:
@@ -199,32 +199,34 @@ def _prompts(
     """
     texts: list[tuple[int, str]] = []
     dialogues: list[tuple[int, str, Dialogue]] = []
-    reads = None
+    dialogue_reader = None
     columns = recorded_origin(path).format in ("parquet", "arrow", HUB)
     for number, row in enumerate(rows):
         if row.get("messages") is None:
             field = config.prompt_field if config.prompt_field in row else "text"
             texts.append((number, text_of(row, number + 1, field, path)))
             continue
-        if reads is None:
+        if dialogue_reader is None:
             template = find_template(tokenizer.hf, model, config.chat_template)
-            names = [one.content for one in special_tokens(tokenizer.encoder.backend).values()]
-            reads = Dialogues(template, names, as_tokens=False)
-        made = reads.prompt(row, columns, f"{path}, row {number + 1}")
-        if isinstance(made, BadRecord):
-            raise InputError(made.message)
-        dialogues.append((number, *made))
+            names = [
+                encoding.content for encoding in special_tokens(tokenizer.encoder.backend).values()
+            ]
+            dialogue_reader = Dialogues(template, names, as_tokens=False)
+        prompt = dialogue_reader.prompt(row, columns, f"{path}, row {number + 1}")
+        if isinstance(prompt, BadRecord):
+            raise InputError(prompt.message)
+        dialogues.append((number, *prompt))
     ids: dict[int, Ids] = {}
     encoded = tokenizer.encode([text for _, text in texts])
-    for (number, _), one in zip(texts, encoded, strict=True):
-        whole = np.concatenate([tokenizer.prefix, one.ids]).astype(np.int64)
-        ids[number] = whole[: config.prompt_tokens]
+    for (number, _), encoding in zip(texts, encoded, strict=True):
+        all_ids = np.concatenate([tokenizer.prefix, encoding.ids]).astype(np.int64)
+        ids[number] = all_ids[: config.prompt_tokens]
     if dialogues:
-        written = [one.written for _, _, one in dialogues]
+        written = [encoding.written for _, _, encoding in dialogues]
         encoder = tokenizer.encoder.for_dialogues()
-        several = encoder.texts([text for _, text, _ in dialogues], written)[0].each()
-        for (number, _, _), one in zip(dialogues, several, strict=True):
-            ids[number] = one.ids.astype(np.int64)
+        encodings = encoder.texts([text for _, text, _ in dialogues], written)[0].each()
+        for (number, _, _), encoding in zip(dialogues, encodings, strict=True):
+            ids[number] = encoding.ids.astype(np.int64)
     empty = next((number for number in range(len(rows)) if not len(ids[number])), None)
     if empty is not None:
         raise InputError(f"{path}, row {empty + 1}: the prompt has no tokens; give it a text")
@@ -234,11 +236,11 @@ def _prompts(
 
 def _about(row: Row, identity: str) -> dict[str, object]:
     """Return the plain values that an answer's row keeps, and an id."""
-    found: dict[str, object] = {"id": identity}
+    values: dict[str, object] = {"id": identity}
     for name, value in row.items():
         if isinstance(value, str | int | float) and name not in _OWN:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 class _Work:
@@ -259,13 +261,13 @@ class _Work:
         lengths = np.array([len(one.ids) for one in prompts]) + self.config.max_new_tokens
         budget = max(1, self.config.batch_tokens // self.config.samples)
         equal = padding_influence(self.network.model) > 0
-        found: list[list[Ids]] = [[] for _ in prompts]
+        answers: list[list[Ids]] = [[] for _ in prompts]
         for rows in length_buckets(lengths, budget, equal):
-            made = self._batch([prompts[row].ids for row in rows], int(rows.min()))
-            for row, each in zip(rows.tolist(), made, strict=True):
-                found[row] = each
+            batch_answers = self._batch([prompts[row].ids for row in rows], int(rows.min()))
+            for row, each in zip(rows.tolist(), batch_answers, strict=True):
+                answers[row] = each
             watch.advance(len(rows))
-        return found
+        return answers
 
     def _batch(self, prompts: Sequence[Ids], first: int) -> list[list[Ids]]:
         """Return the answers to some prompts, which are padded on the left."""
@@ -278,58 +280,58 @@ class _Work:
         mask = np.zeros_like(ids)
         for row, one in enumerate(prompts):
             ids[row, width - len(one) :], mask[row, width - len(one) :] = one, 1
-        drawn: dict[str, Any] = {"do_sample": config.temperature > 0}
+        sampling: dict[str, Any] = {"do_sample": config.temperature > 0}
         if config.temperature > 0:
-            drawn |= {"temperature": config.temperature, "top_p": config.top_p}
-            drawn |= {"top_k": config.top_k or 0}
-        asked = GenerationConfig(
+            sampling |= {"temperature": config.temperature, "top_p": config.top_p}
+            sampling |= {"top_k": config.top_k or 0}
+        generation = GenerationConfig(
             max_new_tokens=config.max_new_tokens,
             num_return_sequences=samples,
             pad_token_id=self.tokenizer.pad_id,
             eos_token_id=self.ends or None,
-            **drawn,
+            **sampling,
         )
         torch.manual_seed(xxhash.xxh3_64_intdigest(f"generate {config.seed} {first}".encode()) >> 1)
         with explaining_run_errors(str(self.network.model.name_or_path)):
-            told = self.network.model.generate(
+            generated = self.network.model.generate(
                 input_ids=torch.from_numpy(ids).to(device),
                 attention_mask=torch.from_numpy(mask).to(device),
-                generation_config=asked,
+                generation_config=generation,
             )
-        said = told[:, width:].cpu().numpy()
-        each = [self._until_end(row) for row in said]
+        new_ids = generated[:, width:].cpu().numpy()
+        each = [self._until_end(row) for row in new_ids]
         return [each[at : at + samples] for at in range(0, len(each), samples)]
 
-    def _until_end(self, said: Ids) -> Ids:
+    def _until_end(self, ids: Ids) -> Ids:
         """Return the answer up to and including its end-of-text token."""
-        ends = np.flatnonzero(np.isin(said, self.ends))
+        ends = np.flatnonzero(np.isin(ids, self.ends))
         self.ended += bool(len(ends))
-        return said[: int(ends[0]) + 1] if len(ends) else said
+        return ids[: int(ends[0]) + 1] if len(ends) else ids
 
     def rows(
         self, prompts: Sequence[Prompt], answers: Sequence[Sequence[Ids]]
     ) -> Iterator[dict[str, object]]:
         """Yield the rows to write."""
-        for prompt, each in zip(prompts, answers, strict=True):
-            for number, said in enumerate(each):
-                identity = f"{prompt.about['id']}" + f"#{number}" * (len(each) > 1)
-                mask = [0] * len(prompt.ids) + [1] * len(said)
+        for prompt, prompt_answers in zip(prompts, answers, strict=True):
+            for number, answer in enumerate(prompt_answers):
+                identity = f"{prompt.about['id']}" + f"#{number}" * (len(prompt_answers) > 1)
+                mask = [0] * len(prompt.ids) + [1] * len(answer)
                 yield prompt.about | {
                     "id": identity,
-                    "input_ids": [*prompt.ids.tolist(), *said.tolist()],
+                    "input_ids": [*prompt.ids.tolist(), *answer.tolist()],
                     "loss_mask": mask,
-                    "response": self.tokenizer.hf.decode(said.tolist(), skip_special_tokens=True),
+                    "response": self.tokenizer.hf.decode(answer.tolist(), skip_special_tokens=True),
                 }
 
 
 def _ends(network: StudentNetwork, tokenizer: Tokenizer) -> list[int]:
     """Return the end-of-text tokens of the model and the tokenizer."""
     model = network.model
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    several = own if isinstance(own, list) else [own]
-    if any(type(one) not in (int, NoneType) for one in several):
+    model_ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    end_ids = model_ends if isinstance(model_ends, list) else [model_ends]
+    if any(type(one) not in (int, NoneType) for one in end_ids):
         raise InputError(
-            f"{model.name_or_path}/generation_config.json: eos_token_id is {own!r}; it is the id "
-            "of a token, or a list of ids"
+            f"{model.name_or_path}/generation_config.json: eos_token_id is {model_ends!r}; it is "
+            "the id of a token, or a list of ids"
         )
-    return sorted({one for one in (*several, tokenizer.eos_id) if one is not None})
+    return sorted({one for one in (*end_ids, tokenizer.eos_id) if one is not None})

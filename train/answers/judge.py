@@ -11,12 +11,17 @@ from torch import Tensor
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.train.answers.config import AskConfig
-from rekindle.train.answers.recorded import Recorded, recorded
+from rekindle.train.answers.recorded import ExpertRecord, read_expert_record
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.embedding.folder import check_encoder_folder, is_encoder_folder
 from rekindle.train.export.plain import problem_of
-from rekindle.train.finetune.classifier import by_length, load_trained, predict, to_fine_tune
-from rekindle.train.finetune.encoded import Cuts, EncodedTexts, encode, of_words
+from rekindle.train.finetune.classifier import (
+    finetune_command,
+    load_trained,
+    predict,
+    run_by_length,
+)
+from rekindle.train.finetune.encoded import Cuts, EncodedTexts, encode, from_words
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.merge_baselines import bare_names
 from rekindle.train.finetune.metrics import check_finite
@@ -41,11 +46,11 @@ class Judge(ABC):
     outputs as files spell them.
     """
 
-    who: str  # in messages
+    subject: str  # in messages
     head: str | None
     answers: Answers
     labels: tuple[str, ...]
-    says_problem: bool  # False: the problem is guessed from the outputs
+    states_problem: bool  # False: the problem is guessed from the outputs
     metric: str | None = None  # its usual one, where that is not the problem's
 
     @abstractmethod
@@ -59,32 +64,37 @@ class Judge(ABC):
     def check_task(self, data: TaskData) -> None:
         """Raise InputError for a task of another problem, or with labels that the model lacks."""
         outputs, problem = len(self.labels), self.answers.problem
-        who = f"the {outputs} outputs of {self.who}"
+        subject = f"the {outputs} outputs of {self.subject}"
         if data.head_problem == problem == "regression" and data.outputs == outputs:
             return
-        if data.head_problem == "regression" and data.outputs == outputs and not self.says_problem:
-            raise InputError(f"the task has scores, but {who} may be classes: {SAY_SCORES}")
+        if (
+            data.head_problem == "regression"
+            and data.outputs == outputs
+            and not self.states_problem
+        ):
+            raise InputError(f"the task has scores, but {subject} may be classes: {SAY_SCORES}")
         if data.problem == SEVERAL != problem:
-            said = f"are a {problem}" if self.says_problem else "may exclude each other"
-            wrong = '"problem_type": "multi_label_classification"'
-            unsaid = "" if self.says_problem else f": if not, write {wrong} into its config.json"
+            state_text = f"are a {problem}" if self.states_problem else "may exclude each other"
+            entry = '"problem_type": "multi_label_classification"'
+            hint = "" if self.states_problem else f": if not, write {entry} into its config.json"
             raise InputError(
-                f"the task has labels of which several may hold, but {who} {said}{unsaid}"
+                f"the task has labels of which several may hold, but {subject} {state_text}{hint}"
             )
         if problem == SEVERAL != data.problem:
             raise InputError(
-                f"{who} are labels of which several may hold, but the task is a {data.problem}: "
-                "only the largest would be counted. Give a task with lists of labels"
+                f"{subject} are labels of which several may hold, but the task is a "
+                f"{data.problem}: only the largest would be counted. Give a task with lists of "
+                "labels"
             )
         if problem != data.problem and (TAGS in (problem, data.problem) or problem == "regression"):
             raise InputError(
-                f"{self.who} is a {problem}; the task has labels of another kind: give it the "
+                f"{self.subject} is a {problem}; the task has labels of another kind: give it the "
                 "task it was fine-tuned on"
             )
-        data.check_known(self.labels, who)
+        data.check_known(self.labels, subject)
 
 
-def judged(
+def judge_texts(
     judge: Judge,
     data: TaskData,
     settings: AskConfig,
@@ -93,14 +103,14 @@ def judged(
     """Return fp32 logits [N,C] of all of ``data``, one block of rows at a time, and how
     it was cut.
     """
-    found, cuts = [], Cuts()
+    parts, cuts = [], Cuts()
     for first in range(0, len(data), ROWS_AT_A_TIME):
         block = data.part(first, first + ROWS_AT_A_TIME)
         encoded = judge.read(block, settings.max_length)
-        found.append(judge.logits(encoded, settings.batch_size))
-        cuts = cuts.and_of(encoded)
+        parts.append(judge.logits(encoded, settings.batch_size))
+        cuts = cuts.add(encoded)
         watch.advance(len(block))
-    logits = np.concatenate(found)
+    logits = np.concatenate(parts)
     if data.words is None:
         check_finite(logits)
     return logits, cuts
@@ -122,15 +132,15 @@ def open_judge(model: str, head: str | None = None, problem: str = "") -> Judge:
         raise InputError(
             f"--head is for students with task heads, but {model!r} has none: leave it out"
         )
-    if (said := recorded_task(load_config(directory))) in LANGUAGE:
-        raise InputError(no_head(model, "masked" if said == "masked_lm" else "causal"))
+    if (task := recorded_task(load_config(directory))) in LANGUAGE:
+        raise InputError(no_head_message(model, "masked" if task == "masked_lm" else "causal"))
     return Expert(model)
 
 
-def recorded_of(model: str) -> Recorded:
+def find_expert_record(model: str) -> ExpertRecord:
     """Return how an expert was fine-tuned; empty for students."""
     directory = resolve_model(model, check_encoder_folder)
-    return Recorded() if (directory / ABOUT_FILE).is_file() else recorded(directory)
+    return ExpertRecord() if (directory / ABOUT_FILE).is_file() else read_expert_record(directory)
 
 
 def tags_words(model: str, head: str | None = None) -> bool:
@@ -146,11 +156,11 @@ def tags_words(model: str, head: str | None = None) -> bool:
     return recorded_task(load_config(directory)) == TAGS
 
 
-def no_head(model: str, kind: str) -> str:
+def no_head_message(model: str, kind: str) -> str:
     """Return the message for a language model that is asked for labels."""
     return (
         f"{model!r} is a {kind} language model without a trained head: it knows no labels. First "
-        f"make an expert from it: {to_fine_tune(model)}. To see how well it knows plain text: "
+        f"make an expert from it: {finetune_command(model)}. To see how well it knows plain text: "
         f"`pipeline evaluate {shlex.quote(model)} --text FILE`"
     )
 
@@ -161,7 +171,7 @@ class Expert(Judge):
     head = None
 
     def __init__(self, model: str):
-        self.who = f"the expert {model!r}"
+        self.subject = f"the expert {model!r}"
         tags = recorded_task(load_config(resolve_model(model))) == TAGS
         with quiet_transformers():
             self.network, self.tokenizer = load_trained(model, TAGS if tags else "")
@@ -170,7 +180,7 @@ class Expert(Judge):
         check_label_names(self.labels, repr(model))
         problem = TAGS if tags else problem_of_outputs(config.problem_type, config.num_labels)
         self.answers = Answers(problem, self.labels)
-        self.says_problem = config.problem_type is not None
+        self.states_problem = config.problem_type is not None
 
     def read(self, data: TaskData, max_length: int | None) -> EncodedTexts:
         """Return the tokens of the expert's own tokenizer."""
@@ -185,14 +195,14 @@ class StudentHead(Judge):
     """A student and the head that is asked."""
 
     def __init__(
-        self, student: Student, directory: str, wanted: str | None = None, problem: str = ""
+        self, student: Student, directory: str, requested: str | None = None, problem: str = ""
     ):
-        self.head, about = head_of(student, wanted, directory, problem)
-        self.who = f"the head {self.head!r} of {directory!r}"
-        names = about.label_names or tuple(f"LABEL_{i}" for i in range(about.num_labels))
+        self.head, config = choose_head(student, requested, directory, problem)
+        self.subject = f"the head {self.head!r} of {directory!r}"
+        names = config.label_names or tuple(f"LABEL_{i}" for i in range(config.num_labels))
         self.labels = bare_names(names, self.head.split("+"))
-        self.says_problem = about.problem is not None
-        self.answers = Answers(problem_of(about), names)
+        self.states_problem = config.problem is not None
+        self.answers = Answers(problem_of(config), names)
         self.tokenizer = load_tokenizer(str(resolve_model(directory)))
         self.device = torch.device(place("fp32").device)
         self.student = student.to(self.device).eval()
@@ -202,18 +212,18 @@ class StudentHead(Judge):
         tokenizer, config = self.tokenizer, self.student.model.config
         # even without a domain a prompt takes a position
         prompted = self.student.prompts is not None
-        takes = (longest_input(config) or math.inf) - prompted
-        most = int(min(max_length or self.student.longest_text, takes))
+        model_limit = (longest_input(config) or math.inf) - prompted
+        limit = int(min(max_length or self.student.longest_text, model_limit))
         if data.words is not None:
-            return of_words(encode_words(tokenizer, data.words, most), 0, most, takes)
-        whole = tokenizer.uncut_lengths(data.texts, data.pairs)
-        limits = (most, takes, int((whole > most).sum()), int(whole.max(initial=0)))
+            return from_words(encode_words(tokenizer, data.words, limit), 0, limit, model_limit)
+        lengths = tokenizer.uncut_lengths(data.texts, data.pairs)
+        limits = (limit, model_limit, int((lengths > limit).sum()), int(lengths.max(initial=0)))
         if data.pairs is not None:
             pairs = zip(data.texts, data.pairs, strict=True)
-            joined = [tokenizer.encode_pair(a, b, max_length=most) for a, b in pairs]
+            joined = [tokenizer.encode_pair(a, b, max_length=limit) for a, b in pairs]
             types = [types for _, types in joined] if knows_segments(config) else None
             return EncodedTexts([ids for ids, _ in joined], types, 0, *limits)
-        room = most - len(tokenizer.prefix) - len(tokenizer.suffix)
+        room = limit - len(tokenizer.prefix) - len(tokenizer.suffix)
         wrapped = [
             np.concatenate([tokenizer.prefix, found.ids[:room], tokenizer.suffix]).astype(np.int32)
             for found in tokenizer.encode(data.texts)
@@ -227,41 +237,41 @@ class StudentHead(Judge):
 
         def run(inputs: Inputs, places: Tensor | None) -> Tensor:
             if places is None:
-                found = self.student(inputs, sequence_heads=[name])
+                output = self.student(inputs, sequence_heads=[name])
             else:
-                found = self.student(inputs, token_heads={name: places})
-            logits: Tensor = found.logits[name]
+                output = self.student(inputs, token_heads={name: places})
+            logits: Tensor = output.logits[name]
             return logits
 
-        return by_length(encoded, batch_size, self.device, run)
+        return run_by_length(encoded, batch_size, self.device, run)
 
 
-def head_of(
-    student: Student, wanted: str | None, directory: str, problem: str = ""
+def choose_head(
+    student: Student, requested: str | None, directory: str, problem: str = ""
 ) -> tuple[str, HeadConfig]:
     """Return the student's head to ask (a tagging head if that is the ``problem``); raise
     InputError if it is not clear which.
     """
     kind = "token" if problem == TAGS else "sequence" if problem else ""
-    every = student.head_configs
-    judging = {name: one for name, one in every.items() if one.kind != "embedding"}
-    heads = {name: one for name, one in judging.items() if kind in ("", one.kind)}
-    if wanted in every.keys() - judging.keys():
+    all_heads = student.head_configs
+    scoring_heads = {name: one for name, one in all_heads.items() if one.kind != "embedding"}
+    heads = {name: one for name, one in scoring_heads.items() if kind in ("", one.kind)}
+    if requested in all_heads.keys() - scoring_heads.keys():
         raise InputError(
-            f"the head {wanted!r} of student {directory!r} gives vectors and knows no labels. "
+            f"the head {requested!r} of student {directory!r} gives vectors and knows no labels. "
             "`pipeline export` writes it as a folder of sentence-transformers"
         )
-    if wanted is None and len(heads) == 1:
-        wanted = next(iter(heads))
-    if wanted is None or wanted not in heads:
+    if requested is None and len(heads) == 1:
+        requested = next(iter(heads))
+    if requested is None or requested not in heads:
         if heads:
-            which = f", not {wanted!r}" if wanted else "; say which with --head"
-            told = f"has the task heads {', '.join(heads)}{which}"
+            choice = f", not {requested!r}" if requested else "; say which with --head"
+            problem_text = f"has the task heads {', '.join(heads)}{choice}"
         else:
-            does = {"token": " that tags words", "sequence": " that judges whole texts"}
-            told = f"has no task head{does.get(kind, '')}"
+            purposes = {"token": " that tags words", "sequence": " that judges whole texts"}
+            problem_text = f"has no task head{purposes.get(kind, '')}"
         raise InputError(
-            f"student {directory!r} {told}. A distill term with a task expert gives a student a "
-            f"head; or fine-tune it: {to_fine_tune(directory)}"
+            f"student {directory!r} {problem_text}. A distill term with a task expert gives a "
+            f"student a head; or fine-tune it: {finetune_command(directory)}"
         )
-    return wanted, heads[wanted]
+    return requested, heads[requested]

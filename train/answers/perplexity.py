@@ -40,7 +40,7 @@ from rekindle.train.answers.windows import (
     Piece,
     Window,
     causal_windows,
-    drawn,
+    draw_places,
     masked_pieces,
     masked_windows,
 )
@@ -87,16 +87,16 @@ class Perplexity:
         """Return it as plain values for JSON."""
         return asdict(self)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """Return the measure in lines, with its 95 % interval."""
         low, high = (_exp(self.ce + side * 1.96 * self.standard_error) for side in (-1, 1))
-        of = "" if self.tokens >= self.tokens_in_all else f" of {self.tokens_in_all:,}"
+        of_all = "" if self.tokens >= self.tokens_in_all else f" of {self.tokens_in_all:,}"
         texts = counted(self.texts, "text")
         if recorded_origin(self.text).format == "txt":
             texts += " between blank lines"
         lines = [
             f"{self.measure} on {self.text}: {self.perplexity:.4f} per token of its tokenizer "
-            f"(95 %: {low:.4g} to {high:.4g}; {self.tokens:,}{of} tokens of {texts})",
+            f"(95 %: {low:.4g} to {high:.4g}; {self.tokens:,}{of_all} tokens of {texts})",
             f"ce: {self.ce:.4f} nats per token",
         ]
         if self.bits_per_byte is not None:
@@ -117,18 +117,18 @@ def text_perplexity(
     Raises InputError for a model without output over the vocabulary, and for bad text.
     """
     started, config = time.perf_counter(), config or PerplexityConfig()
-    read = _Texts(text, text_field)
+    texts = _Texts(text, text_field)
     network, tokenizer = open_language_model(model, text, config.precision)
-    shown = _Shown.of(network, tokenizer, config)
-    log.info("%s", shown.rule)
+    plan = _WindowPlan.of(network, tokenizer, config)
+    log.info("%s", plan.rule)
     losses, inference = _Losses(), torch.inference_mode()
     advice = f"Lower batch_tokens: `--set batch_tokens={max(1, config.batch_tokens // 2)}`"
     with report_shortage(Path(text), lambda: "Nothing is written", advice), inference:
-        total, windows = shown.windows(read.encoded(tokenizer))
+        total, windows = plan.windows(texts.encoded(tokenizer))
         watch.expect(total)
-        for found in _run(network, windows, tokenizer.pad_id, config.batch_tokens):
-            losses.add(found)
-            watch.advance(len(found))
+        for batch_losses in _run(network, windows, tokenizer.pad_id, config.batch_tokens):
+            losses.add(batch_losses)
+            watch.advance(len(batch_losses))
     ce = losses.mean(model, text)
     bits, causal = losses.total / math.log(2), network.task == "causal_lm"
     return Perplexity(
@@ -140,10 +140,10 @@ def text_perplexity(
         ce=ce,
         standard_error=losses.standard_error,
         tokens=losses.count,
-        tokens_in_all=read.tokens,
-        texts=read.count,
-        bits_per_byte=bits / read.bytes if causal and read.bytes else None,
-        rule=shown.rule,
+        tokens_in_all=texts.tokens,
+        texts=texts.count,
+        bits_per_byte=bits / texts.bytes if causal and texts.bytes else None,
+        rule=plan.rule,
         seconds=time.perf_counter() - started,
     )
 
@@ -189,18 +189,18 @@ def open_language_model(model: str, text: str, precision: str) -> tuple[StudentN
 
 def _language_task(model: str, directory: Path, text: str) -> Literal["masked_lm", "causal_lm"]:
     config = load_config(directory)
-    said, saved_as = recorded_task(config), (config.architectures or ["nothing that it says"])[0]
-    if said == "masked_lm":
+    task, saved_as = recorded_task(config), (config.architectures or ["nothing that it says"])[0]
+    if task == "masked_lm":
         return "masked_lm"
-    if said == "causal_lm":
+    if task == "causal_lm":
         return "causal_lm"
-    if said is not None:
-        asked = ["pipeline", "predict", model, "--text", text]
-        scored = ["pipeline", "evaluate", model, "--test", "FILE"]
+    if task is not None:
+        predict_command = ["pipeline", "predict", model, "--text", text]
+        evaluate_command = ["pipeline", "evaluate", model, "--test", "FILE"]
         raise InputError(
             f"{model!r} is an expert ({saved_as}): it has no output over the vocabulary, so no "
-            f"perplexity. For its predictions on texts: `{shlex.join(asked)} --out "
-            f"predictions.jsonl`; for its scores on labelled rows: `{shlex.join(scored)}`"
+            f"perplexity. For its predictions on texts: `{shlex.join(predict_command)} --out "
+            f"predictions.jsonl`; for its scores on labelled rows: `{shlex.join(evaluate_command)}`"
         )
     raise InputError(
         f"{model!r} was saved as {saved_as}, which has no output over the vocabulary, so no "
@@ -227,18 +227,18 @@ class _Texts:
         """Yield each text's tokens without special ones; raise InputError for a record without a
         text.
         """
-        for document, found in self._tokenised(tokenizer):
+        for document, encoding in self._tokenised(tokenizer):
             self.count += 1
             self.bytes += len(document.text.encode())
             if not tokenizer.prefix:  # then a causal model does not predict the first token
-                self.bytes -= _bytes_of_first(document.text, found)
-            self.tokens += len(found.ids)
-            yield found.ids
+                self.bytes -= _bytes_of_first(document.text, encoding)
+            self.tokens += len(encoding.ids)
+            yield encoding.ids
 
     def _tokenised(self, tokenizer: Tokenizer) -> Iterator[tuple[Document, Encoded]]:
         documents = self._read()
-        while taken := [*islice(documents, TEXTS_AT_A_TIME)]:
-            yield from zip(taken, tokenizer.encode([one.text for one in taken]), strict=True)
+        while block := [*islice(documents, TEXTS_AT_A_TIME)]:
+            yield from zip(block, tokenizer.encode([one.text for one in block]), strict=True)
 
     def _read(self) -> Iterator[Document]:
         for document in self._documents:
@@ -248,39 +248,39 @@ class _Texts:
 
     def _check(self) -> None:
         if self.left_out.first:
-            told = self.left_out.first.replace("corpus.text_field", "--text-field")
-            raise InputError(f"{told}; repair or remove it")
+            problem = self.left_out.first.replace("corpus.text_field", "--text-field")
+            raise InputError(f"{problem}; repair or remove it")
 
 
-def _bytes_of_first(text: str, found: Encoded) -> float:
+def _bytes_of_first(text: str, encoding: Encoded) -> float:
     """Return the bytes of a text up to the end of its first token; if several tokens share a
     character, an equal part of it.
     """
-    if not len(found.ids):
+    if not len(encoding.ids):
         return len(text.encode())
-    start, end = int(found.starts[0]), int(found.ends[0])
-    sharing = int(((found.starts == start) & (found.ends == end)).sum())
+    start, end = int(encoding.starts[0]), int(encoding.ends[0])
+    sharing = int(((encoding.starts == start) & (encoding.ends == end)).sum())
     return len(text[:start].encode()) + len(text[start:end].encode()) / sharing
 
 
 @dataclass(frozen=True)
-class _Shown:
+class _WindowPlan:
     """What the model sees of a text at a time, and what it predicts there."""
 
     tokenizer: Tokenizer
     causal: bool
     window: int
     stride: int
-    most: int | None  # number of masked tokens; None: all
+    masked: int | None  # number of masked tokens; None: all
     seed: int
 
     @classmethod
     def of(cls, network: StudentNetwork, tokenizer: Tokenizer, config: PerplexityConfig) -> Self:
-        takes = longest_input(network.model.config) or math.inf
-        takes = min(takes - (network.prompts is not None), tokenizer.hf.model_max_length)
-        window = int(min(config.max_length or MOST_TOKENS, takes))
-        added = len(tokenizer.prefix) + len(tokenizer.suffix)
-        if window <= added + 1:
+        longest = (longest_input(network.model.config) or math.inf) - (network.prompts is not None)
+        limits = (config.max_length or MOST_TOKENS, longest, tokenizer.hf.model_max_length)
+        window = int(min(limits))
+        special_count = len(tokenizer.prefix) + len(tokenizer.suffix)
+        if window <= special_count + 1:
             raise InputError(f"max_length {window} leaves no room for a text: give more tokens")
         stride = config.stride or max(1, window // 2)
         if stride >= window:
@@ -288,40 +288,40 @@ class _Shown:
                 f"stride {stride} is not less than the window of {window} tokens: the first "
                 "predictions in a window would have no context; give a smaller one"
             )
-        most = None if config.tokens == "all" else config.tokens
-        return cls(tokenizer, network.task == "causal_lm", window, stride, most, config.seed)
+        masked = None if config.tokens == "all" else config.tokens
+        return cls(tokenizer, network.task == "causal_lm", window, stride, masked, config.seed)
 
     @property
     def rule(self) -> str:
         """Return what is measured, in one line."""
         if self.causal:
-            begins = "every token" if self.tokenizer.prefix else "every token but the first"
+            predicted = "every token" if self.tokenizer.prefix else "every token but the first"
             return (
-                f"perplexity: {begins} of each text is predicted from those before it; texts of "
+                f"perplexity: {predicted} of each text is predicted from those before it; texts of "
                 f"more than {self.window:,} tokens in windows that advance by {self.stride:,}"
             )
-        which = "every token"
-        if self.most is not None:
-            which = (
-                f"at most {self.most:,} tokens, drawn uniformly with seed {self.seed} (every one: "
-                "--set tokens=all), each"
+        tokens_text = "every token"
+        if self.masked is not None:
+            tokens_text = (
+                f"at most {self.masked:,} tokens, drawn uniformly with seed {self.seed} "
+                "(every one: --set tokens=all), each"
             )
         return (
-            f"pseudo-perplexity: {which} masked alone, in a pass of its own, within its text or "
-            f"{self.window:,} tokens of it"
+            f"pseudo-perplexity: {tokens_text} masked alone, in a pass of its own, within its text "
+            f"or {self.window:,} tokens of it"
         )
 
     def windows(self, texts: Iterator[Ids]) -> tuple[int | None, Iterator[Window]]:
         """Return how many tokens are predicted, if that is known, and the windows."""
-        before, after = self.tokenizer.prefix, self.tokenizer.suffix
+        prefix, suffix = self.tokenizer.prefix, self.tokenizer.suffix
         if self.causal:
-            whole = (np.concatenate([before, ids, after]).astype(np.int32) for ids in texts)
-            each = (causal_windows(ids, self.window, self.stride) for ids in whole)
-            return None, chain.from_iterable(each)
-        pieces: Iterable[Piece] = masked_pieces(texts, before, after, self.window)
+            sequences = (np.concatenate([prefix, ids, suffix]).astype(np.int32) for ids in texts)
+            windows = (causal_windows(ids, self.window, self.stride) for ids in sequences)
+            return None, chain.from_iterable(windows)
+        pieces: Iterable[Piece] = masked_pieces(texts, prefix, suffix, self.window)
         total = None
-        if self.most is not None:
-            pieces = drawn(pieces, self.most, self.seed)
+        if self.masked is not None:
+            pieces = draw_places(pieces, self.masked, self.seed)
             total = sum(len(places) for _, places in pieces)
         return total, masked_windows(pieces, int(self.tokenizer.mask_id or 0))
 
@@ -362,11 +362,11 @@ def _batch_losses(
         inputs = model_inputs(ids, lengths, device)
         hidden = network(inputs, send(places, device)).hidden
     head = network.output_head
-    each = [
-        functional.cross_entropy(head.logits(states), wanted, reduction="none")
-        for states, wanted in zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
+    parts = [
+        functional.cross_entropy(head.logits(states), targets, reduction="none")
+        for states, targets in zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
     ]
-    return torch.cat(each).double().cpu().numpy()
+    return torch.cat(parts).double().cpu().numpy()
 
 
 class _Losses:
@@ -375,11 +375,11 @@ class _Losses:
     def __init__(self) -> None:
         self.count, self.total, self._squares = 0, 0.0, 0.0
 
-    def add(self, found: NDArray[np.float64]) -> None:
+    def add(self, losses: NDArray[np.float64]) -> None:
         """Add the losses of a batch."""
-        self.count += len(found)
-        self.total += float(found.sum())
-        self._squares += float(np.square(found).sum())
+        self.count += len(losses)
+        self.total += float(losses.sum())
+        self._squares += float(np.square(losses).sum())
 
     def mean(self, model: str, text: str) -> float:
         """Return nats per token; raise InputError if no token was predicted, or the loss is not

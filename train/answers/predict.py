@@ -24,33 +24,33 @@ from rekindle.data.source.sources import recorded_origin
 from rekindle.data.storage.atomic import new_file
 from rekindle.data.text_files import STDIN
 from rekindle.train.answers.config import AskConfig
-from rekindle.train.answers.encoder import open_asked
+from rekindle.train.answers.encoder import open_text_judge
 from rekindle.train.answers.evaluate import check_pairs, less_memory
 from rekindle.train.answers.judge import (
     ROWS_AT_A_TIME,
     Judge,
-    judged,
-    recorded_of,
+    find_expert_record,
+    judge_texts,
     tags_words,
 )
-from rekindle.train.answers.labelled import as_asked
-from rekindle.train.answers.recorded import as_recorded
+from rekindle.train.answers.labelled import with_problem
+from rekindle.train.answers.recorded import fill_from_record
 from rekindle.train.answers.target import check_target
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.finetune.config import TaskSettings
-from rekindle.train.finetune.encoded import Cuts, tell_cut
+from rekindle.train.finetune.encoded import Cuts, log_cut_texts
 from rekindle.train.finetune.label_lists import TAGS
 from rekindle.train.finetune.labels import SHOWN
 from rekindle.train.finetune.predictions import (
     GIVEN,
     Answer,
     Answers,
-    answered,
-    labels_in,
+    add_answers,
+    labels_of,
     write_rows,
 )
 from rekindle.train.finetune.task_data import TaskData
-from rekindle.train.finetune.task_files import text_fields, words_of
+from rekindle.train.finetune.task_files import row_words, text_fields
 from rekindle.train.running_out import report_shortage
 
 log = logging.getLogger("rekindle")
@@ -77,17 +77,17 @@ class Predicted:
         """Return it as plain values for JSON."""
         return asdict(self)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """Return a summary in lines."""
         each = [f"{name} {count:,}" for name, count in self.said.items()]
-        said = f": {', '.join(each[:SHOWN])}{' …' * (len(each) > SHOWN)}" if each else ""
-        kept = [
+        counts_text = f": {', '.join(each[:SHOWN])}{' …' * (len(each) > SHOWN)}" if each else ""
+        renamed_lines = [
             f"column {name} of {self.text} is kept as {to}" for name, to in self.renamed.items()
         ]
         # Piped input has no such name; it is jsonl.
         each_line = " (each line is one text)" if recorded_origin(self.text).format == "txt" else ""
-        read = f"{counted(self.rows, 'row')}{each_line}{said}"
-        return "\n".join([read, *kept, f"predictions: {self.out}"])
+        rows_text = f"{counted(self.rows, 'row')}{each_line}{counts_text}"
+        return "\n".join([rows_text, *renamed_lines, f"predictions: {self.out}"])
 
 
 def predict_file(
@@ -113,20 +113,20 @@ def predict_file(
     rows = read_rows(text)
     if (first := next(rows, None)) is None:
         raise InputError(f"{text} has no rows; give at least one text")
-    before = recorded_of(model)
-    settings = as_recorded(config or AskConfig(), before, first.keys())
+    record = find_expert_record(model)
+    settings = fill_from_record(config or AskConfig(), record, first.keys())
     # Report wrong columns before a model is loaded.
     problem = TAGS if tags_words(model, head) else ""
-    reader = _Reader.of(text, first, as_asked(settings, problem))
-    check_pairs(before, len(reader.columns) > 1, model, text)
-    judge = open_asked(model, head, settings, len(reader.columns) > 1)
+    reader = _Reader.of(text, first, with_problem(settings, problem))
+    check_pairs(record, len(reader.columns) > 1, model, text)
+    judge = open_text_judge(model, head, settings, len(reader.columns) > 1)
     total = None if _is_piped(text) else _check(reader, judge.answers)
     watch.expect(total)
     work = _Work(judge, settings, reader)
-    enough = report_shortage(Path(out), lambda: "Nothing is written", less_memory(settings))
-    with enough, _opened(out) as (file, ascii_only):
+    memory_guard = report_shortage(Path(out), lambda: "Nothing is written", less_memory(settings))
+    with memory_guard, _opened(out) as (file, ascii_only):
         for block in blocks(chain([first], rows)):
-            write_rows(work.answered(block), file, ascii_only)
+            write_rows(work.add_answers(block), file, ascii_only)
             watch.advance(len(block))
     return Predicted(
         model=model,
@@ -137,7 +137,7 @@ def predict_file(
         label_names=judge.answers.names,
         rows=work.rows,
         said=dict(work.said.most_common()),
-        cut=tell_cut({text: work.cuts})[text],
+        cut=log_cut_texts({text: work.cuts})[text],
         renamed={name: GIVEN + name for name in judge.answers.columns if name in first},
         seconds=time.perf_counter() - started,
     )
@@ -175,13 +175,13 @@ class _Reader:
         """Return the texts of rows, numbered from ``first``; raise InputError for a row without
         one.
         """
-        nothing = np.zeros(0, np.float32)
+        no_labels = np.zeros(0, np.float32)
         if not self.tokens:
-            return TaskData(*texts_of(block, first, self.columns, self.path), nothing, ())
+            return TaskData(*texts_of(block, first, self.columns, self.path), no_labels, ())
         (name,) = self.columns
-        each = enumerate(block, start=first)
-        words = [words_of(self.path, name, number, row.get(name)) for number, row in each]
-        return TaskData([*map(" ".join, words)], None, nothing, (), words=words)
+        numbered = enumerate(block, start=first)
+        words = [row_words(self.path, name, number, row.get(name)) for number, row in numbered]
+        return TaskData([*map(" ".join, words)], None, no_labels, (), words=words)
 
     def with_tokens(self, row: Row, words: list[str], answer: Answer) -> Answer:
         """Add the tokens to an answer if the row has them as one text."""
@@ -192,10 +192,10 @@ class _Reader:
 
 def _check(reader: _Reader, answers: Answers) -> int:
     """Check and count all rows."""
-    count, nothing = 0, dict.fromkeys(answers.columns)
+    count, no_answer = 0, dict.fromkeys(answers.columns)
     for block in blocks(read_rows(reader.path)):
         reader.data(block, count + 1)
-        for _ in answered(block, [nothing] * len(block), reader.path, count + 1):
+        for _ in add_answers(block, [no_answer] * len(block), reader.path, count + 1):
             pass
         count += len(block)
     return count
@@ -224,17 +224,17 @@ class _Work:
         self.answers = replace(judge.answers, threshold=settings.threshold)
         self.rows, self.cuts, self.said = 0, Cuts(), Counter[str]()
 
-    def answered(self, block: Sequence[Row]) -> Iterator[Row]:
+    def add_answers(self, block: Sequence[Row]) -> Iterator[Row]:
         """Yield each row with its answer."""
         first = self.rows + 1
         data = self.reader.data(block, first)
-        logits, cuts = judged(self.judge, data, self.settings)
-        found = [self.answers.of(one) for one in data.per_row(logits)]
+        logits, cuts = judge_texts(self.judge, data, self.settings)
+        answers = [self.answers.of(one) for one in data.per_row(logits)]
         self.rows += len(block)
-        self.cuts = self.cuts.and_of(cuts)
-        for answer in found:
-            self.said.update(labels_in(answer))
+        self.cuts = self.cuts.add(cuts)
+        for answer in answers:
+            self.said.update(labels_of(answer))
         if data.words is not None:
-            each = zip(block, data.words, found, strict=True)
-            found = [self.reader.with_tokens(*one) for one in each]
-        return answered(block, found, self.reader.path, first)
+            triples = zip(block, data.words, answers, strict=True)
+            answers = [self.reader.with_tokens(*one) for one in triples]
+        return add_answers(block, answers, self.reader.path, first)

@@ -24,7 +24,7 @@ _OWN = ("max_length", "threshold", "batch_size")
 
 
 @dataclass(frozen=True)
-class Recorded:
+class ExpertRecord:
     """What ``pipeline finetune`` wrote beside an expert; empty for others."""
 
     metric: str | None = None
@@ -32,7 +32,7 @@ class Recorded:
     pairs: bool | None = None  # whether it scores pairs of texts, if recorded
 
 
-def recorded(directory: Path) -> Recorded:
+def read_expert_record(directory: Path) -> ExpertRecord:
     """Read the record of a folder. A metrics.json written by another program is ignored.
 
     Raises InputError, naming file and key, if one of ours is damaged: ignoring it would silently
@@ -40,28 +40,28 @@ def recorded(directory: Path) -> Recorded:
     """
     path = directory / RESULT_FILE
     if not path.is_file():
-        return Recorded()
+        return ExpertRecord()
     content = path.read_bytes()
     try:
-        found = json.loads(content)
+        record = json.loads(content)
     except ValueError as error:  # also for bytes that are not UTF-8
         if WRITER.encode() not in content:
-            return Recorded()
+            return ExpertRecord()
         raise _damaged(path, f"it is not JSON, {error}") from None
-    if not isinstance(found, dict) or found.get("written_by") != WRITER:
-        if isinstance(found, dict) and found.keys() >= {"metric", "config", "per_seed"}:
-            raise _damaged(path, f"written_by is {found.get('written_by')!r}, not {WRITER!r}")
-        return Recorded()
-    metric, pairs = found.get("metric"), found.get("pairs")
-    if not isinstance(metric, str) or not isinstance(found.get("config"), dict):
+    if not isinstance(record, dict) or record.get("written_by") != WRITER:
+        if isinstance(record, dict) and record.keys() >= {"metric", "config", "per_seed"}:
+            raise _damaged(path, f"written_by is {record.get('written_by')!r}, not {WRITER!r}")
+        return ExpertRecord()
+    metric, pairs = record.get("metric"), record.get("pairs")
+    if not isinstance(metric, str) or not isinstance(record.get("config"), dict):
         raise _damaged(path, "metric must be a name, and config an object")
     if not isinstance(pairs, bool | NoneType):
         raise _damaged(path, f"pairs is {pairs!r}, but must be true or false")
-    config = dict(found["config"])
+    config = dict(record["config"])
     for former, name in zip(FORMER_FIELDS, ("text_field", "label_field"), strict=True):
         config.setdefault(name, config.pop(former, None))
     _check_config(path, config)
-    return Recorded(metric, config, pairs)
+    return ExpertRecord(metric, config, pairs)
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -74,59 +74,65 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         "group_field",
     } & AskConfig.model_fields.keys()
     for key in config.keys() - FinetuneConfig.model_fields.keys():
-        if meant := did_you_mean(key, names - config.keys()):
-            raise _damaged(path, f"unknown key config.{key}{meant}")
-    given = {name: config[name] for name in names if config.get(name) is not None}
-    parse_settings(AskConfig, given, f"{path} is damaged, in config")
+        if suggestion := did_you_mean(key, names - config.keys()):
+            raise _damaged(path, f"unknown key config.{key}{suggestion}")
+    values = {name: config[name] for name in names if config.get(name) is not None}
+    parse_settings(AskConfig, values, f"{path} is damaged, in config")
 
 
-def _damaged(path: Path, told: str) -> InputError:
+def _damaged(path: Path, problem: str) -> InputError:
     return InputError(
-        f"{path}, which says how the expert was fine-tuned, is damaged: {told}. Restore it from a "
-        "copy, or remove it and give all settings again"
+        f"{path}, which says how the expert was fine-tuned, is damaged: {problem}. Restore it from "
+        "a copy, or remove it and give all settings again"
     )
 
 
-def as_recorded(
-    given: AskConfig, before: Recorded, columns: Collection[str], also: Sequence[str] = ()
+def fill_from_record(
+    settings: AskConfig, record: ExpertRecord, columns: Collection[str], others: Sequence[str] = ()
 ) -> AskConfig:
-    """Return ``given`` with its unset settings filled from the record, as far as the file has the
-    columns they name; ``also`` lists further settings to fill.
+    """Return ``settings`` with what is unset filled from the record, as far as the file has the
+    columns they name; ``others`` lists further settings to fill.
 
     Log in one line what was taken over.
     """
-    old, names = before.settings, _unusual(before, _READING)
-    texts, label = old.get("text_field") or (), old.get("label_field")
+    recorded_settings, names = record.settings, _unusual(record, _READING)
+    texts, label = recorded_settings.get("text_field") or (), recorded_settings.get("label_field")
     names += ["text_field"] if texts and all(name in columns for name in texts) else []
-    group = old.get("group_field")
+    group = recorded_settings.get("group_field")
     names += ["group_field"] if group is not None and group in columns else []
     names += ["label_field"] if label not in (None, "label") and label in columns else []
-    return _taken_over(given, before, [*names, *also])
+    return _taken_over(settings, record, [*names, *others])
 
 
-def as_its_own(given: AskConfig, before: Recorded, who: str) -> AskConfig:
-    """Return ``given`` with unset settings filled from an expert's own record, for a comparison:
+def fill_own_settings(settings: AskConfig, record: ExpertRecord, subject: str) -> AskConfig:
+    """Return ``settings`` with unset settings filled from an expert's own record, for a comparison:
     how it cuts texts, and from which probability a label holds. Log it in a line that begins with
-    ``who``.
+    ``subject``.
     """
-    return _taken_over(given, before, _unusual(before, _OWN), f"{who}, ")
+    return _taken_over(settings, record, _unusual(record, _OWN), f"{subject}, ")
 
 
-def _unusual(before: Recorded, names: Sequence[str]) -> list[str]:
-    usual = AskConfig().model_dump(mode="json")
-    return [name for name in names if name in usual and before.settings.get(name) != usual[name]]
+def _unusual(record: ExpertRecord, names: Sequence[str]) -> list[str]:
+    defaults = AskConfig().model_dump(mode="json")
+    return [
+        name for name in names if name in defaults and record.settings.get(name) != defaults[name]
+    ]
 
 
 def _taken_over(
-    given: AskConfig, before: Recorded, names: Sequence[str], who: str = ""
+    settings: AskConfig, record: ExpertRecord, names: Sequence[str], subject: str = ""
 ) -> AskConfig:
-    values, old = given.model_dump(exclude_unset=True), before.settings
-    taken = {name: old[name] for name in names if name in old and name not in values}
-    if not taken:
-        return given
-    told = ", ".join(f"{name}={_written(value)}" for name, value in taken.items())
-    log.info("%sas it was fine-tuned: %s", who, told)
-    return parse_settings(AskConfig, values | taken, RESULT_FILE)
+    values, recorded_settings = settings.model_dump(exclude_unset=True), record.settings
+    filled = {
+        name: recorded_settings[name]
+        for name in names
+        if name in recorded_settings and name not in values
+    }
+    if not filled:
+        return settings
+    described = ", ".join(f"{name}={_written(value)}" for name, value in filled.items())
+    log.info("%sas it was fine-tuned: %s", subject, described)
+    return parse_settings(AskConfig, values | filled, RESULT_FILE)
 
 
 def _written(value: object) -> str:

@@ -14,13 +14,13 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.answers.config import AskConfig
-from rekindle.train.answers.judge import Expert, Judge, judged, open_judge
+from rekindle.train.answers.judge import Expert, Judge, judge_texts, open_judge
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.finetune.classifier import predict
 from rekindle.train.finetune.config import NOTHING_KEPT, FinetuneConfig, less_memory
-from rekindle.train.finetune.encoded import tell_cut
+from rekindle.train.finetune.encoded import log_cut_texts
 from rekindle.train.finetune.merge_baselines import merge_scores, scores_by_name
-from rekindle.train.finetune.metrics import chosen_metric, scores_of, tell_undefined
+from rekindle.train.finetune.metrics import chosen_metric, log_undefined_scores, scores_of
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import place
@@ -60,29 +60,32 @@ def score_model(
     """
     started = time.perf_counter()
     _check_target(Path(out), [model, *(config.merge.experts if config.merge else ())], force)
-    scored = {"dev": dev} | ({"test": test} if test else {})
-    read = read_task(train, *scored.values(), settings=config)[1:]
-    data = dict(zip(scored, read, strict=True))
+    files = {"dev": dev} | ({"test": test} if test else {})
+    splits = read_task(train, *files.values(), settings=config)[1:]
+    data = dict(zip(files, splits, strict=True))
     metric = chosen_metric(metric, data["dev"])
     for name, split in data.items():
-        logger.info("%s: %s", scored[name], split.described())
-        tell_undefined(scored[name], split)
-    where = place(config.precision)
-    bf16 = bf16_saves(where.precision, where.device.partition(":")[0])
+        logger.info("%s: %s", files[name], split.describe())
+        log_undefined_scores(files[name], split)
+    placement = place(config.precision)
+    bf16 = bf16_saves(placement.precision, placement.device.partition(":")[0])
     with report_shortage(Path(out), lambda: NOTHING_KEPT, less_memory(config, bf16)):
         judge = _judge(model, data["dev"], config)
-        found, cut = _scores_by_way(model, judge, data["dev"], config, "dev")
+        scores_by_way, cut = _scores_by_way(model, judge, data["dev"], config, "dev")
         tests = None
         if test and judge is not None:
-            tests, _, cut["test"] = judged_scores(judge, data["test"], _asked(config), name="test")
+            tests, _, cut["test"] = judged_scores(
+                judge, data["test"], _ask_config(config), name="test"
+            )
         elif test:
             by_way, by_expert = _scores_by_way(model, judge, data["test"], config, "test")
             tests, cut["test"] = next(iter(by_way.values())), next(iter(by_expert.values()))
-    scores, baselines = next(iter(found.values())), found if config.merge is not None else None
+    scores = next(iter(scores_by_way.values()))
+    baselines = scores_by_way if config.merge is not None else None
     seconds = time.perf_counter() - started
-    files, only = {"train": train} | scored, SeedResult(seed, scores, tests, [], seconds)
-    about = (config, "fp32", seconds, baselines)
-    result = FinetuneResult.of(model, files, data, metric, [only], *about, cut=cut)
+    files, seed_result = {"train": train} | files, SeedResult(seed, scores, tests, [], seconds)
+    facts = (config, "fp32", seconds, baselines)
+    result = FinetuneResult.of(model, files, data, metric, [seed_result], *facts, cut=cut)
     with new_folder(Path(out).resolve()) as staging:
         result.save(staging)
     upload_result(Path(out), force)
@@ -123,7 +126,7 @@ def _judge(model: str, data: TaskData, config: FinetuneConfig) -> Judge | None:
     return None
 
 
-def _asked(config: FinetuneConfig) -> AskConfig:
+def _ask_config(config: FinetuneConfig) -> AskConfig:
     return AskConfig(max_length=config.max_length, batch_size=config.batch_size)
 
 
@@ -134,13 +137,13 @@ def _scores_by_way(
     expert, of each way to merge them and of the oracle; and each one's share of texts that were
     cut.
     """
-    found: dict[str, Scores] = {}
+    scores: dict[str, Scores] = {}
     cut: dict[str, float] = {}
     if judge is not None:
         way = "expert" if judge.head is None else f"student, head {judge.head}"
-        found[way], _, cut[split] = judged_scores(judge, data, _asked(config), name=split)
+        scores[way], _, cut[split] = judged_scores(judge, data, _ask_config(config), name=split)
     if (merge := config.merge) is None:
-        return found, cut
+        return scores, cut
     sizes = config.max_length, config.batch_size
     models = [*([model] if judge is None else []), *merge.experts]
     outputs = [
@@ -148,7 +151,7 @@ def _scores_by_way(
         for name, directory in zip(names_for(models), models, strict=True)
     ]
     means = {o.info.name: o.mc_probs for o in outputs if o.mc_probs is not None}
-    found |= merge_scores(
+    scores |= merge_scores(
         [o.info for o in outputs],
         {o.info.name: o.logits for o in outputs},
         means if merge.passes else None,
@@ -158,8 +161,8 @@ def _scores_by_way(
     )
     cut |= {o.info.name: o.cut for o in outputs}
     if merge.oracle is not None:
-        found["oracle"] = evaluate(merge.oracle, data, max_length=config.max_length)[0]
-    return found, cut
+        scores["oracle"] = evaluate(merge.oracle, data, max_length=config.max_length)[0]
+    return scores, cut
 
 
 def evaluate(
@@ -192,11 +195,11 @@ def judged_scores(
     that was cut.
     """
     judge.check_task(data)
-    logits, cuts = judged(judge, data, settings, watch)
-    cut = tell_cut({name: cuts})[name]
+    logits, cuts = judge_texts(judge, data, settings, watch)
+    cut = log_cut_texts({name: cuts})[name]
     if not data.label_names:
         return scores_of(data, logits), logits, cut
-    return scores_by_name(logits, judge.labels, data, judge.who), logits, cut
+    return scores_by_name(logits, judge.labels, data, judge.subject), logits, cut
 
 
 # ---- several experts: N texts, C classes --------------------------------------------------------
@@ -234,20 +237,22 @@ def expert_output(
         )
     with quiet_transformers():
         encoded = expert.read(data, max_length)
-        cut = tell_cut({name: encoded})[name]
+        cut = log_cut_texts({name: encoded})[name]
         logits = expert.logits(encoded, batch_size)
         means = None
         if passes:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 network = expert.network
-                each = [predict(network, encoded, batch_size, dropout=True) for _ in range(passes)]
-            if all(np.array_equal(one, logits) for one in each):
+                pass_logits = [
+                    predict(network, encoded, batch_size, dropout=True) for _ in range(passes)
+                ]
+            if all(np.array_equal(one, logits) for one in pass_logits):
                 raise InputError(
                     f"{model!r}: {passes} Monte-Carlo passes are identical, so the model has no "
                     "dropout to measure uncertainty with. Set merge.passes to 0 to leave MUKI out"
                 )
-            means = np.mean([softmax(one, axis=1) for one in each], axis=0)
+            means = np.mean([softmax(one, axis=1) for one in pass_logits], axis=0)
     about = {"task": "sequence_classification", "kind": "sequence", "view": "text"}
     labels = expert.labels
     info = TeacherInfo(name=name, num_labels=len(labels), label_names=labels, **about)

@@ -10,19 +10,19 @@ from rekindle.data.source.sources import recorded_origin
 from rekindle.data.text_files import PACKED_SUFFIXES, STDIN
 from rekindle.train.model.folder import base_of
 
-_ANSWERS = {
+_ANSWER_KEYS = {
     "probabilities",
     "score",
     "scores",
     "loss_mask",
 }  # every written line has one of them
-_OTHERS, _BOOKS = ("csv", "tsv", "txt", "parquet", "arrow"), (".xlsx", ".xls", ".ods")
+_OTHER_FORMATS, _SPREADSHEETS = ("csv", "tsv", "txt", "parquet", "arrow"), (".xlsx", ".xls", ".ods")
 _LONGEST_LINE = 1 << 24  # bytes of the first line that are read
 
 
-def check_target(out: str, read: str, model: str, force: bool) -> None:
-    """Raise InputError if ``out`` is named like another kind of file, is the file ``read``, lies in
-    the folder of ``model`` or its base, exists and is not a file of predictions, or exists and
+def check_target(out: str, source: str, model: str, force: bool) -> None:
+    """Raise InputError if ``out`` is named like another kind of file, is the file ``source``, lies
+    in the folder of ``model`` or its base, exists and is not a file of predictions, or exists and
     ``force`` is not given.
     """
     if out == STDIN:
@@ -32,7 +32,10 @@ def check_target(out: str, read: str, model: str, force: bool) -> None:
         raise InputError(
             f"{out!r} is a folder; give the path of a file, such as {out}/predictions.jsonl"
         )
-    if recorded_origin(out).format in _OTHERS or path.suffix.lower() in (*PACKED_SUFFIXES, *_BOOKS):
+    if recorded_origin(out).format in _OTHER_FORMATS or path.suffix.lower() in (
+        *PACKED_SUFFIXES,
+        *_SPREADSHEETS,
+    ):
         raise InputError(
             f"{out!r} is the name of another kind of file; predictions are written as JSON lines, "
             "one for each row: give a name that ends in .jsonl"
@@ -44,7 +47,7 @@ def check_target(out: str, read: str, model: str, force: bool) -> None:
             )
     if not path.exists():
         return
-    if _is_same(path, read):
+    if _is_same(path, source):
         raise InputError(f"{out!r} is the file being read; give another --out")
     if not force:
         raise InputError(f"{out!r} already exists; give another --out, or --force to replace it")
@@ -67,9 +70,9 @@ def _place(path: Path) -> Path:
     return path.parent.resolve() / path.name
 
 
-def _is_same(path: Path, read: str) -> bool:
+def _is_same(path: Path, source: str) -> bool:
     with suppress(OSError):
-        return os.path.samestat(path.stat(), os.fstat(0) if read == STDIN else os.stat(read))
+        return os.path.samestat(path.stat(), os.fstat(0) if source == STDIN else os.stat(source))
     return False
 
 
@@ -80,7 +83,7 @@ def _is_predictions(path: Path) -> bool:
     with path.open("rb") as file:
         line = file.readline(_LONGEST_LINE)
     try:
-        found = json.loads(line or b'{"score": 0}')
+        answer = json.loads(line or b'{"score": 0}')
     except ValueError:
         return False
-    return isinstance(found, dict) and not _ANSWERS.isdisjoint(found)
+    return isinstance(answer, dict) and not _ANSWER_KEYS.isdisjoint(answer)

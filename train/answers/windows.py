@@ -29,10 +29,10 @@ def causal_windows(ids: Ids, window: int, stride: int) -> Iterator[Window]:
     """
     predicted, begin = 1, 0
     while predicted < len(ids):
-        seen = ids[begin : begin + window]
-        targets = np.arange(predicted, begin + len(seen))
-        yield Window(seen, targets - 1 - begin, ids[targets].astype(np.int64))
-        predicted, begin = begin + len(seen), begin + stride
+        window_ids = ids[begin : begin + window]
+        targets = np.arange(predicted, begin + len(window_ids))
+        yield Window(window_ids, targets - 1 - begin, ids[targets].astype(np.int64))
+        predicted, begin = begin + len(window_ids), begin + stride
 
 
 def masked_pieces(
@@ -45,28 +45,28 @@ def masked_pieces(
     for ids in texts:
         for begin in range(0, len(ids), room):
             part = ids[begin : begin + room]
-            whole = np.concatenate([prefix, part, suffix]).astype(np.int32)
-            yield whole, np.arange(len(part), dtype=np.int64) + len(prefix)
+            piece = np.concatenate([prefix, part, suffix]).astype(np.int32)
+            yield piece, np.arange(len(part), dtype=np.int64) + len(prefix)
 
 
-def drawn(pieces: Iterable[Piece], most: int, seed: int) -> list[Piece]:
-    """Return at most ``most`` of all places, drawn uniformly, grouped by piece.
+def draw_places(pieces: Iterable[Piece], count: int, seed: int) -> list[Piece]:
+    """Return at most ``count`` of all places, drawn uniformly, grouped by piece.
 
     Keeps the places with the lowest random keys, so memory does not grow with the number of pieces.
     """
     generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
-    kept: list[tuple[float, int, int, Ids]] = []  # key, number of the piece, place, its ids
+    chosen: list[tuple[float, int, int, Ids]] = []  # key, number of the piece, place, its ids
     limit = np.inf
     for number, (ids, places) in enumerate(pieces):
         keys = generator.random(len(places))
-        low = np.flatnonzero(keys < limit)
-        kept += [(float(keys[i]), number, int(places[i]), ids) for i in low]
-        if len(kept) > 2 * most:
-            kept = sorted(kept, key=lambda one: one[0])[:most]
-            limit = kept[-1][0]
-    kept = sorted(kept, key=lambda one: one[0])[:most]
+        candidates = np.flatnonzero(keys < limit)
+        chosen += [(float(keys[i]), number, int(places[i]), ids) for i in candidates]
+        if len(chosen) > 2 * count:
+            chosen = sorted(chosen, key=lambda one: one[0])[:count]
+            limit = chosen[-1][0]
+    chosen = sorted(chosen, key=lambda one: one[0])[:count]
     by_piece: dict[int, tuple[Ids, list[int]]] = {}
-    for _, number, place, ids in sorted(kept, key=lambda one: one[1:3]):
+    for _, number, place, ids in sorted(chosen, key=lambda one: one[1:3]):
         by_piece.setdefault(number, (ids, []))[1].append(place)
     return [(ids, np.array(places, np.int64)) for ids, places in by_piece.values()]
 
@@ -75,6 +75,6 @@ def masked_windows(pieces: Iterable[Piece], mask_id: int) -> Iterator[Window]:
     """Yield one window for each place, in which only that place is masked."""
     for ids, places in pieces:
         for place in places:
-            seen = ids.copy()
-            seen[place] = mask_id
-            yield Window(seen, np.array([place]), np.array([ids[place]], np.int64))
+            masked_ids = ids.copy()
+            masked_ids[place] = mask_id
+            yield Window(masked_ids, np.array([place]), np.array([ids[place]], np.int64))

@@ -136,8 +136,8 @@ class Filling:
 
     def _hand_over(self, cell: int, storage: torch.UntypedStorage) -> None:
         for ref, destination in self.destinations.get(cell, ()):
-            whole = ref.of(storage)
-            destination(whole.__getitem__, partial(_identity, whole))
+            tensor = ref.of(storage)
+            destination(tensor.__getitem__, partial(_identity, tensor))
 
     def _hand_over_recomputable(self, cell: int) -> None:
         for ref, destination in self.destinations[cell]:

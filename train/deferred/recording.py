@@ -101,9 +101,9 @@ class Recording:
     ) -> Tensor:
         """Return a fake tensor for a tensor in a file, which is not read."""
         with self.fake:
-            made = torch.empty(shape, dtype=dtype)
-        self.stored[self.ref(made).cell] = Stored(file, key)
-        return made
+            tensor = torch.empty(shape, dtype=dtype)
+        self.stored[self.ref(tensor).cell] = Stored(file, key)
+        return tensor
 
     def ref(self, tensor: Tensor) -> Ref:
         """Return the cell and view of a tensor without memory."""
@@ -116,18 +116,20 @@ class Recording:
         size, stride = tuple(tensor.shape), tensor.stride()
         return Ref(cell, tensor.dtype, size, stride, int(tensor.storage_offset()))
 
-    def record_step(self, call: Any, args: Any, kwargs: Any, known: int, results: Any) -> None:
-        """Record a call; ``known``: the number of cells before it."""
+    def record_step(
+        self, call: Any, args: Any, kwargs: Any, cells_before: int, results: Any
+    ) -> None:
+        """Record a call; ``cells_before``: the number of cells before it."""
         recorded_args = tree_map(self._as_ref, (args, kwargs))
         recorded_results = [self._as_ref(one) for one in tree_leaves(results)]
         inputs = [one for one in tree_leaves(recorded_args) if isinstance(one, Ref)]
         written_refs = _written_refs(call, *recorded_args)
         writes = frozenset(ref.cell for ref in written_refs)
-        others = list(inputs)
+        read_refs = list(inputs)
         for ref in written_refs:
-            others.remove(ref)
+            read_refs.remove(ref)
         makes = frozenset(
-            r.cell for r in recorded_results if isinstance(r, Ref) and r.cell >= known
+            r.cell for r in recorded_results if isinstance(r, Ref) and r.cell >= cells_before
         )
         draws = torch.Tag.nondeterministic_seeded in call.tags
         if draws and not (writes or makes):
@@ -137,7 +139,7 @@ class Recording:
         covers = frozenset[int]()
         if call._schema.name.removeprefix("aten::") in _OVERWRITES:
             covers = frozenset(r.cell for r in written_refs if r.bytes == self.bytes[r.cell])
-        reads = frozenset(ref.cell for ref in others) | (writes - covers)
+        reads = frozenset(ref.cell for ref in read_refs) | (writes - covers)
         self.steps.append(
             Step(
                 call,
@@ -146,7 +148,7 @@ class Recording:
                 reads,
                 makes,
                 writes,
-                covers - {r.cell for r in others},
+                covers - {r.cell for r in read_refs},
                 draws,
             )
         )
@@ -161,10 +163,10 @@ class Recording:
             Step(call, recorded_args, [None], cell - covers, none, cell, covers, draws=True)
         )
 
-    def refuse(self, why: str) -> None:
+    def refuse(self, reason: str) -> None:
         """Raise Undeferrable; it is remembered even if the error is changed on its way."""
-        self.failed = why
-        raise Undeferrable(why)
+        self.failed = reason
+        raise Undeferrable(reason)
 
     def _as_ref(self, value: Any) -> Any:
         return self.ref(value) if isinstance(value, FakeTensor) else value
@@ -190,11 +192,11 @@ class _Recorder(TorchDispatchMode):
         for one in tree_leaves((args, kwargs)):
             if isinstance(one, FakeTensor):
                 recording.ref(one)
-        known = len(recording.bytes)
+        cells_before = len(recording.bytes)
         try:
             results = func(*args, **kwargs)
             if not _are_on_meta((args, kwargs, results)):
-                recording.record_step(func, args, kwargs, known, results)
+                recording.record_step(func, args, kwargs, cells_before, results)
         except Exception as error:
             recording.failed = recording.failed or f"{func}: {type(error).__name__}"
             raise

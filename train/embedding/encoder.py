@@ -23,10 +23,10 @@ from rekindle.train.model.parts.pooling import pooled
 class SentenceEncoder(nn.Module):
     """A transformer, pooling of its last states, and the steps after it; vectors are fp32."""
 
-    def __init__(self, model: nn.Module, about: EncoderFolder, device: str = "cpu"):
+    def __init__(self, model: nn.Module, folder: EncoderFolder, device: str = "cpu"):
         super().__init__()
-        self.model, self.about = model, about
-        self.steps = nn.ModuleList(map(load_step, about.steps)).to(device).eval()
+        self.model, self.folder = model, folder
+        self.steps = nn.ModuleList(map(load_step, folder.steps)).to(device).eval()
 
     @property
     def config(self) -> Any:
@@ -40,44 +40,44 @@ class SentenceEncoder(nn.Module):
         ``skipped``: tokens of the prompt that pooling leaves out.
         """
         states = self.model(**inputs).last_hidden_state
-        modes = cast("tuple[Pooling, ...]", self.about.pooling)
+        modes = cast("tuple[Pooling, ...]", self.folder.pooling)
         vectors = pooled(states, inputs["attention_mask"], modes, skipped)
         for step in self.steps:
             vectors = step(vectors)
-        return vectors[:, : self.about.dimensions]
+        return vectors[:, : self.folder.dimensions]
 
 
 def load_encoder(
-    about: EncoderFolder,
+    folder: EncoderFolder,
     dtype: torch.dtype = torch.float32,
-    more: Mapping[str, Any] = MappingProxyType({}),
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> SentenceEncoder:
-    """Load an encoder in evaluation mode, on the CPU; ``more`` is for transformers.
+    """Load an encoder in evaluation mode, on the CPU; ``options`` is for transformers.
 
     Raises InputError if a weight is missing that the vectors depend on.
     """
-    kind = auto_class_of(load_config(about.transformer), "embedding")
-    return SentenceEncoder(load_model(about.transformer, kind, dtype, more), about).eval()
+    kind = auto_class_of(load_config(folder.transformer), "embedding")
+    return SentenceEncoder(load_model(folder.transformer, kind, dtype, options), folder).eval()
 
 
 class Dense(nn.Module):
     """A linear map and its activation; its weights have sentence-transformers' names."""
 
-    def __init__(self, settings: Mapping[str, Any], where: Path | None = None):
+    def __init__(self, settings: Mapping[str, Any], source: Path | None = None):
         super().__init__()
         sizes = settings["in_features"], settings["out_features"]
         self.linear = nn.Linear(*sizes, bias=settings["bias"])
-        self.activation = activation(settings.get("activation_function", TANH), where)
+        self.activation = activation(settings.get("activation_function", TANH), source)
         self.use_residual = settings.get("use_residual", False)
         if self.use_residual and sizes[0] != sizes[1]:
             self.residual = nn.Linear(*sizes, bias=False)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """Return vectors [B,out_features]."""
-        found: Tensor = self.activation(self.linear(vectors))
+        outputs: Tensor = self.activation(self.linear(vectors))
         if not self.use_residual:
-            return found
-        return found + (self.residual(vectors) if hasattr(self, "residual") else vectors)
+            return outputs
+        return outputs + (self.residual(vectors) if hasattr(self, "residual") else vectors)
 
 
 class LayerNorm(nn.Module):
@@ -89,8 +89,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         """Return vectors [B,D]."""
-        found: Tensor = self.norm(vectors)
-        return found
+        outputs: Tensor = self.norm(vectors)
+        return outputs
 
 
 class Normalize(nn.Module):
@@ -105,29 +105,29 @@ def load_step(step: Step) -> nn.Module:
     """Return a step after pooling, with its weights."""
     if step.kind == "Normalize":
         return Normalize()
-    where = step.weights and step.weights.parent
+    source = step.weights and step.weights.parent
     if step.kind == "Dense":
-        made: nn.Module = Dense(step.settings, where)
+        module: nn.Module = Dense(step.settings, source)
     else:
-        made = LayerNorm(step.settings["dimension"])
+        module = LayerNorm(step.settings["dimension"])
     assert step.weights is not None
-    made.load_state_dict({k: v.float() for k, v in load_file(step.weights).items()})
-    return made
+    module.load_state_dict({k: v.float() for k, v in load_file(step.weights).items()})
+    return module
 
 
-def activation(name: str, where: Path | None = None) -> nn.Module:
+def activation(name: str, source: Path | None = None) -> nn.Module:
     """Return torch's module with that full name; raise InputError for one outside torch.nn.
 
     Anything else would be code from the folder, which is not run.
     """
-    made = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
+    kind = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
     try:
-        found = made() if isinstance(made, type) and issubclass(made, nn.Module) else None
+        module = kind() if isinstance(kind, type) and issubclass(kind, nn.Module) else None
     except TypeError:  # one that needs sizes
-        found = None
-    if found is None:
+        module = None
+    if module is None:
         raise InputError(
-            f"{where or 'a Dense'}: its activation_function is {name}, which is not one of "
+            f"{source or 'a Dense'}: its activation_function is {name}, which is not one of "
             f"torch.nn that needs no sizes; use one that is ({TANH})"
         )
-    return found
+    return module

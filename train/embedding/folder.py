@@ -76,7 +76,7 @@ class EncoderFolder:
         return bool(self.steps) and self.steps[-1] == NORMALIZE and self.dimensions is None
 
     @property
-    def told_pooling(self) -> str:
+    def pooling_name(self) -> str:
         """Return the modes of pooling in one word."""
         return "+".join(self.pooling)
 
@@ -92,11 +92,11 @@ class EncoderFolder:
             )
         width = hidden_size * len(self.pooling)
         for step in self.steps:
-            takes = step.settings.get("in_features", step.settings.get("dimension", width))
-            if takes != width:
+            input_width = step.settings.get("in_features", step.settings.get("dimension", width))
+            if input_width != width:
                 raise InputError(
-                    f"{self.transformer}: its {step.kind} takes vectors of {takes} values but is "
-                    f"given {width}; save the folder again as sentence-transformers does"
+                    f"{self.transformer}: its {step.kind} takes vectors of {input_width} values "
+                    f"but is given {width}; save the folder again as sentence-transformers does"
                 )
             width = step.settings.get("out_features", width)
         return width if self.dimensions is None else min(width, self.dimensions)
@@ -108,8 +108,8 @@ class EncoderFolder:
             [step.kind, dict(step.settings), step.weights and digest_of(step.weights).hex()]
             for step in self.steps
         ]
-        told = [self.pooling, steps, self.max_length, self.lower_case, self.prompt]
-        canonical = json.dumps([*told, self.skips_prompt, self.dimensions], sort_keys=True)
+        values = [self.pooling, steps, self.max_length, self.lower_case, self.prompt]
+        canonical = json.dumps([*values, self.skips_prompt, self.dimensions], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -145,27 +145,29 @@ def read_encoder_folder(directory: Path, prompt: str | None = None) -> EncoderFo
             f"{directory}: its modules are {', '.join(kinds)}; supported are a Transformer, "
             f"Pooling, and any of {', '.join(AFTER)} after them, in this order"
         )
-    (_, transformer), (_, pooling), *after = modules
-    about = _optional(directory / ABOUT_ENCODER)
-    if (model_type := about.get("model_type", "SentenceTransformer")) != "SentenceTransformer":
+    (_, transformer), (_, pooling), *later_modules = modules
+    config = _optional(directory / ABOUT_ENCODER)
+    if (model_type := config.get("model_type", "SentenceTransformer")) != "SentenceTransformer":
         raise InputError(
             f"{directory} is a {model_type}, which gives no vector of a text; give the folder of a "
             "SentenceTransformer"
         )
     settings = _transformer_settings(transformer)
     modes, skips_prompt, pooled = _pooling(pooling)
-    steps = (_step(kind, folder) for kind, folder in after if kind != "Dropout")
-    prompts = {k: v for k, v in (about.get("prompts") or {}).items() if v}
-    chosen = prompts.get(about.get("default_prompt_name") or "", "") if prompt is None else prompt
+    steps = (_step(kind, folder) for kind, folder in later_modules if kind != "Dropout")
+    prompts = {k: v for k, v in (config.get("prompts") or {}).items() if v}
+    chosen_prompt = (
+        prompts.get(config.get("default_prompt_name") or "", "") if prompt is None else prompt
+    )
     return EncoderFolder(
         transformer=transformer,
         pooling=modes,
         steps=tuple(steps),
         max_length=_count(settings, "max_seq_length", transformer),
         lower_case=bool(settings.get("do_lower_case", False)),
-        prompt=chosen,
+        prompt=chosen_prompt,
         skips_prompt=skips_prompt,
-        dimensions=_count(about, "truncate_dim", directory),
+        dimensions=_count(config, "truncate_dim", directory),
         prompts=prompts,
         pooled=pooled,
     )
@@ -175,41 +177,41 @@ def _modules(directory: Path) -> list[tuple[str, Path]]:
     """Return the name of each module's class, and its folder."""
     path = directory / MODULES_FILE
     try:
-        listed = json.loads(path.read_bytes())
+        entries = json.loads(path.read_bytes())
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}); copy the folder again") from None
     rule = 'it is a list of modules: [{"type": "sentence_transformers.models.Pooling", "path": …}]'
-    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"{path} was not written by sentence-transformers: {rule}")
-    found = []
-    for number, one in enumerate(listed):
-        kind, place = one.get("type"), one.get("path")
+    modules = []
+    for number, entry in enumerate(entries):
+        kind, place = entry.get("type"), entry.get("path")
         if not isinstance(kind, str) or not isinstance(place, str):
             raise InputError(f"{path}: module {number} has no type or no path; {rule}")
         package, _, name = kind.rpartition(".")
-        ours = package.split(".")[0] == "sentence_transformers"
-        if not ours or name not in ("Transformer", "Pooling", *AFTER):
-            whose = "" if ours else ", code of another package, which is not run"
+        is_known_package = package.split(".")[0] == "sentence_transformers"
+        if not is_known_package or name not in ("Transformer", "Pooling", *AFTER):
+            origin_text = "" if is_known_package else ", code of another package, which is not run"
             raise InputError(
-                f"{path}: module {number} is {kind}{whose}. Known are {KNOWN} of "
+                f"{path}: module {number} is {kind}{origin_text}. Known are {KNOWN} of "
                 "sentence-transformers; give an encoder with only these"
             )
         folder = (directory / place).resolve()
         if not folder.is_relative_to(directory.resolve()):
             raise InputError(f"{path}: module {number} is outside its folder ({place})")
-        found.append((name, directory / place if place else directory))
-    return found
+        modules.append((name, directory / place if place else directory))
+    return modules
 
 
 def _optional(path: Path) -> dict[str, Any]:
     return read_object(path) if path.is_file() else {}
 
 
-def _count(settings: Mapping[str, Any], key: str, where: Path) -> int | None:
+def _count(settings: Mapping[str, Any], key: str, source: Path) -> int | None:
     """Return a number of 1 or more, if one is given."""
     value = settings.get(key)
     if value is not None and (type(value) is not int or value < 1):
-        raise InputError(f"{where}: {key} is {value!r}; it is a number of 1 or more")
+        raise InputError(f"{source}: {key} is {value!r}; it is a number of 1 or more")
     return value
 
 
@@ -237,12 +239,12 @@ def _pooling(folder: Path) -> tuple[tuple[str, ...], bool, int | None]:
     """Return the modes, whether a prompt is left out, and the width of the pooled states."""
     path = folder / "config.json"
     settings = _optional(path)
-    given = settings.get("pooling_mode")
-    if given is None:
-        given = [mode for key, mode in POOLING_KEYS.items() if settings.get(key)] or "mean"
-    modes = (given,) if isinstance(given, str) else tuple(given)
-    if strange := [mode for mode in modes if mode not in POOLINGS]:
-        raise InputError(f"{path}: pooling {strange[0]!r} is not known; known are {POOLINGS}")
+    mode_setting = settings.get("pooling_mode")
+    if mode_setting is None:
+        mode_setting = [mode for key, mode in POOLING_KEYS.items() if settings.get(key)] or "mean"
+    modes = (mode_setting,) if isinstance(mode_setting, str) else tuple(mode_setting)
+    if unknown_modes := [mode for mode in modes if mode not in POOLINGS]:
+        raise InputError(f"{path}: pooling {unknown_modes[0]!r} is not known; known are {POOLINGS}")
     keys = ("embedding_dimension", "word_embedding_dimension")
     widths = [_count(settings, key, path) for key in keys if key in settings]
     return modes, not settings.get("include_prompt", True), widths[0] if widths else None
@@ -262,17 +264,22 @@ def _step(kind: str, folder: Path) -> Step:
     if kind == "LayerNorm":
         size = _count(settings, "dimension", folder)
         shapes: dict[str, tuple[int | None, ...]] = {"norm.weight": (size,), "norm.bias": (size,)}
-        told: dict[str, Any] = {"dimension": size}
+        step_settings: dict[str, Any] = {"dimension": size}
     else:
-        takes, gives = (_count(settings, key, folder) for key in ("in_features", "out_features"))
-        biased, residual = settings.get("bias", True), settings.get("use_residual", False)
-        shapes = {"linear.weight": (gives, takes)}
-        shapes |= {"linear.bias": (gives,)} if biased else {}
-        if residual and takes != gives:
-            shapes["residual.weight"] = (gives, takes)
-        told = {"in_features": takes, "out_features": gives, "bias": bool(biased)}
-        told |= {"activation_function": settings.get("activation_function", TANH)}
-        told |= {"use_residual": True} if residual else {}
+        in_features = _count(settings, "in_features", folder)
+        out_features = _count(settings, "out_features", folder)
+        has_bias, residual = settings.get("bias", True), settings.get("use_residual", False)
+        shapes = {"linear.weight": (out_features, in_features)}
+        shapes |= {"linear.bias": (out_features,)} if has_bias else {}
+        if residual and in_features != out_features:
+            shapes["residual.weight"] = (out_features, in_features)
+        step_settings = {
+            "in_features": in_features,
+            "out_features": out_features,
+            "bias": bool(has_bias),
+        }
+        step_settings |= {"activation_function": settings.get("activation_function", TANH)}
+        step_settings |= {"use_residual": True} if residual else {}
     if None in next(iter(shapes.values())):
         raise InputError(f"{folder / 'config.json'} does not give the sizes of its {kind}")
     weights = folder / WEIGHTS_FILE
@@ -286,4 +293,4 @@ def _step(kind: str, folder: Path) -> Step:
         raise InputError(
             f"{weights} holds {stored}, but its config.json says {shapes}; copy the folder again"
         )
-    return Step(kind, told, weights)
+    return Step(kind, step_settings, weights)

@@ -51,10 +51,10 @@ def describe_encoder(
     folder of sentence-transformers contradicts them.
     """
     directory = resolve_model(model, check_encoder_folder)
-    return described(directory, model, pooling, normalise, prompt)
+    return describe_encoder_in(directory, model, pooling, normalise, prompt)
 
 
-def described(
+def describe_encoder_in(
     directory: Path,
     model: str,
     pooling: str | None = None,
@@ -72,79 +72,81 @@ def described(
                 "normalise (true or false), or give a folder of sentence-transformers"
             )
         return plain_encoder(directory, pooling, normalise, prompt or "")
-    found = read_encoder_folder(directory, prompt)
-    given = {"pooling": (pooling, found.told_pooling), "normalise": (normalise, found.normalised)}
-    for key, (stated, own) in given.items():
-        if stated is not None and stated != own:
+    encoder_folder = read_encoder_folder(directory, prompt)
+    stored_pooling, stored_normalise = encoder_folder.pooling_name, encoder_folder.normalised
+    settings = {"pooling": (pooling, stored_pooling), "normalise": (normalise, stored_normalise)}
+    for key, (stated, stored) in settings.items():
+        if stated is not None and stated != stored:
             raise InputError(
                 f"{model!r} is a folder of sentence-transformers, whose modules say {key}: "
-                f"{str(own).lower()}, not {str(stated).lower()}. Leave {key} out, or change the "
+                f"{str(stored).lower()}, not {str(stated).lower()}. Leave {key} out, or change the "
                 "folder's modules"
             )
-    return found
+    return encoder_folder
 
 
-def told_of_prompts(about: EncoderFolder, asked: bool) -> str | None:
+def describe_prompts(folder: EncoderFolder, has_prompt_setting: bool) -> str | None:
     """Return a line on an encoder's prompts; None if it has none."""
-    if about.prompt:
-        return f"each text is read after {about.prompt!r}"
-    if about.prompts and not asked:
+    if folder.prompt:
+        return f"each text is read after {folder.prompt!r}"
+    if folder.prompts and not has_prompt_setting:
         return (
-            f"it has prompts ({', '.join(about.prompts)}), but no default one: texts are "
+            f"it has prompts ({', '.join(folder.prompts)}), but no default one: texts are "
             "read without one, unless `prompt` gives the text to put before each"
         )
     return None
 
 
-def own_tokenizer(about: EncoderFolder, tokenizer: Tokenizer | None = None) -> Tokenizer:
+def own_tokenizer(folder: EncoderFolder, tokenizer: Tokenizer | None = None) -> Tokenizer:
     """Return the encoder's tokenizer, lower-casing if its folder says so."""
-    tokenizer = tokenizer or load_tokenizer(str(about.transformer))
-    if not about.lower_case:
+    tokenizer = tokenizer or load_tokenizer(str(folder.transformer))
+    if not folder.lower_case:
         return tokenizer
     from tokenizers.normalizers import Lowercase
     from tokenizers.normalizers import Sequence as InOrder
 
     hf = deepcopy(tokenizer.hf)
-    before = hf.backend_tokenizer.normalizer
-    lower: list[Any] = [Lowercase()] if before is None else [Lowercase(), before]
-    hf.backend_tokenizer.normalizer = InOrder(lower)
+    normalizer = hf.backend_tokenizer.normalizer
+    normalizers: list[Any] = [Lowercase()] if normalizer is None else [Lowercase(), normalizer]
+    hf.backend_tokenizer.normalizer = InOrder(normalizers)
     return wrap_tokenizer(hf, tokenizer.name)
 
 
-def longest_text(about: EncoderFolder, tokenizer: Tokenizer, settings: Any) -> int:
+def longest_text(folder: EncoderFolder, tokenizer: Tokenizer, settings: Any) -> int:
     """Return the number of tokens that it reads of a text, with special ones; UNLIMITED for all."""
-    own = about.max_length or int(tokenizer.hf.model_max_length)
-    return min(own, longest_input(settings) or UNLIMITED, UNLIMITED)
+    limit = folder.max_length or int(tokenizer.hf.model_max_length)
+    return min(limit, longest_input(settings) or UNLIMITED, UNLIMITED)
 
 
-def skipped_tokens(about: EncoderFolder, tokenizer: Tokenizer) -> int:
+def skipped_tokens(folder: EncoderFolder, tokenizer: Tokenizer) -> int:
     """Return how many tokens of each text pooling leaves out: those of the prompt."""
-    if not about.prompt or not about.skips_prompt:
+    if not folder.prompt or not folder.skips_prompt:
         return 0
-    own = [*tokenizer.prefix, *tokenizer.encode([about.prompt])[0].ids, *tokenizer.suffix]
-    return len(own) - (own[-1] in tokenizer.special_ids)
+    prompt_ids = [*tokenizer.prefix, *tokenizer.encode([folder.prompt])[0].ids, *tokenizer.suffix]
+    return len(prompt_ids) - (prompt_ids[-1] in tokenizer.special_ids)
 
 
 @dataclass(frozen=True)
 class TextEncoder:
     """A loaded encoder and its tokenizer: texts in, vectors out."""
 
-    about: EncoderFolder
+    folder: EncoderFolder
     encoder: SentenceEncoder
     tokenizer: Tokenizer
     max_length: int
     device: str
-    alone: bool = False  # only texts of equal length go together: padding changes its outputs
+    # only texts of equal length go together: padding changes its outputs
+    needs_equal_lengths: bool = False
 
     @classmethod
-    def of(cls, about: EncoderFolder) -> "TextEncoder":
-        """Load what ``about`` describes onto this process's device, in float32."""
-        where = place("fp32")
-        encoder = load_encoder(about).to(where.device)
-        tokenizer = own_tokenizer(about)
-        longest = longest_text(about, tokenizer, encoder.config)
-        alone = padding_influence(encoder.model) > 0
-        return cls(about, encoder, tokenizer, longest, where.device, alone)
+    def of(cls, folder: EncoderFolder) -> "TextEncoder":
+        """Load what ``folder`` describes onto this process's device, in float32."""
+        placement = place("fp32")
+        encoder = load_encoder(folder).to(placement.device)
+        tokenizer = own_tokenizer(folder)
+        longest = longest_text(folder, tokenizer, encoder.config)
+        needs_equal_lengths = padding_influence(encoder.model) > 0
+        return cls(folder, encoder, tokenizer, longest, placement.device, needs_equal_lengths)
 
     def ids(
         self, texts: Sequence[str], prompt: str | None = None, longest: int | None = None
@@ -153,7 +155,7 @@ class TextEncoder:
 
         ``longest``: tokens, if less than it reads.
         """
-        prompt = self.about.prompt if prompt is None else prompt
+        prompt = self.folder.prompt if prompt is None else prompt
         prefix, suffix = self.tokenizer.prefix, self.tokenizer.suffix
         room = max(0, (longest or self.max_length) - len(prefix) - len(suffix))
         encoded = self.tokenizer.encode([prompt + text for text in texts])
@@ -161,12 +163,12 @@ class TextEncoder:
 
     def vectors(self, texts: Sequence[str]) -> Vectors:
         """Return the vectors [N,D] of ``texts`` [N]."""
-        skipped = self.skipped(self.about.prompt)
+        skipped = self.skipped(self.folder.prompt)
         return self.vectors_of(self.ids(texts), [skipped] * len(texts))
 
     def skipped(self, prompt: str) -> int:
         """Return how many tokens of a text after that prompt pooling leaves out."""
-        return skipped_tokens(replace(self.about, prompt=prompt), self.tokenizer)
+        return skipped_tokens(replace(self.folder, prompt=prompt), self.tokenizer)
 
     def vectors_of(self, ids: Sequence[Sequence[int] | Ids], skipped: Sequence[int]) -> Vectors:
         """Return the vectors [N,D] of texts given as tokens; ``skipped`` [N]: how many pooling
@@ -175,28 +177,28 @@ class TextEncoder:
         lengths = np.array([len(one) for one in ids], np.int64)
         if empty := np.flatnonzero(lengths == 0).tolist():
             raise InputError(f"text {empty[0] + 1} has no tokens, so it has no vector")
-        found: dict[int, Vectors] = {}
-        for left_out in sorted({*skipped}):
-            own = lengths * (np.array(skipped) == left_out)
-            for rows in length_buckets(own, BATCH_TOKENS, self.alone):
+        vectors_by_row: dict[int, Vectors] = {}
+        for skipped_count in sorted({*skipped}):
+            masked_lengths = lengths * (np.array(skipped) == skipped_count)
+            for rows in length_buckets(masked_lengths, BATCH_TOKENS, self.needs_equal_lengths):
                 inputs = self._inputs([ids[row] for row in rows])
                 with torch.inference_mode():
-                    vectors = self.encoder(inputs, left_out).cpu().numpy()
-                found |= dict(zip(rows.tolist(), vectors, strict=True))
-        return np.stack([found[row] for row in range(len(ids))])
+                    vectors = self.encoder(inputs, skipped_count).cpu().numpy()
+                vectors_by_row |= dict(zip(rows.tolist(), vectors, strict=True))
+        return np.stack([vectors_by_row[row] for row in range(len(ids))])
 
     def _inputs(self, ids: Sequence[Sequence[int] | Ids]) -> dict[str, torch.Tensor]:
         """Return one batch, padded at its end."""
         lengths = np.array([len(one) for one in ids], np.int64)
-        number = padding_of(self.encoder.config)
+        padding_id = padding_of(self.encoder.config)
         padded = pad(
             [np.asarray(one, np.int32) for one in ids],
             lengths,
-            number if isinstance(number, int) and number >= 0 else 0,
+            padding_id if isinstance(padding_id, int) and padding_id >= 0 else 0,
         )
         mask = np.arange(padded.shape[1]) < lengths[:, None]
         inputs = {"input_ids": padded, "attention_mask": mask}
-        told = "token_type_ids" in self.tokenizer.hf.model_input_names
-        if told and knows_segments(self.encoder.config):
+        has_segments = "token_type_ids" in self.tokenizer.hf.model_input_names
+        if has_segments and knows_segments(self.encoder.config):
             inputs["token_type_ids"] = np.zeros_like(padded)
         return {k: torch.from_numpy(v.astype(np.int64)).to(self.device) for k, v in inputs.items()}

@@ -96,10 +96,10 @@ def _vector_lines(folder: str, student: Student, encoder: Encoder | None) -> lis
         "",
         *_encoding_lines(folder),
     ]
-    others = [name for name in names if name != student.vectors]
-    if others:
-        export = shlex.join(["pipeline", "export", folder, "--head", others[0]])
-        also = f"It also learnt the vectors of {', '.join(others)}:"
+    other_heads = [name for name in names if name != student.vectors]
+    if other_heads:
+        export = shlex.join(["pipeline", "export", folder, "--head", other_heads[0]])
+        also = f"It also learnt the vectors of {', '.join(other_heads)}:"
         lines += [also, "", "```sh", f"{export} --out DIR", "```", ""]
     return lines
 

@@ -163,7 +163,9 @@ def _is_export(out: Path) -> bool:
 def student_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a student; a checkpoint's is beside its run."""
     run = directory.parents[1] if directory.resolve().parent.name == "checkpoints" else directory
-    folder = next((place for place in (directory, run) if has_tokenizer_files(place)), None)
+    folder = next(
+        (candidate for candidate in (directory, run) if has_tokenizer_files(candidate)), None
+    )
     if folder is None:
         raise InputError(
             f"student {directory} has no tokenizer beside it, but a classifier needs one. Copy "

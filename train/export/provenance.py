@@ -62,9 +62,9 @@ class Provenance:
 
 def _sources(corpus: Corpus) -> str:
     """Return the names of the first files of its text, without their folders."""
-    names = [f"`{shown_model(str(place))}`" for place in corpus.info["config"]["source"]]
-    more = f" and {len(names) - _SOURCES} more" if names[_SOURCES:] else ""
-    return f"{', '.join(names[:_SOURCES])}{more}"
+    names = [f"`{shown_model(str(path))}`" for path in corpus.info["config"]["source"]]
+    unnamed = f" and {len(names) - _SOURCES} more" if names[_SOURCES:] else ""
+    return f"{', '.join(names[:_SOURCES])}{unnamed}"
 
 
 _SOURCES = 5

@@ -26,7 +26,9 @@ class BestEpoch:
     last: int = 0
     _weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def look(self, metric: str, scores: Scores, logits: np.ndarray, model: PreTrainedModel) -> None:
+    def update(
+        self, metric: str, scores: Scores, logits: np.ndarray, model: PreTrainedModel
+    ) -> None:
         """Take the next epoch's, if it is to be kept; its weights are kept in memory, on
         the CPU.
         """
@@ -53,9 +55,18 @@ class BestEpoch:
         self._weights = {}
 
 
-def told_end(kept: int, ran: int, planned: int, stopped: str | None, chosen: bool) -> str:
-    """Return which epoch is kept, of how many, and why there were no more; ``chosen``: by dev."""
-    which = f"epoch {kept} of {planned}, {'best on dev' if chosen else 'the last'}"
+def describe_end(
+    kept_epoch: int, epochs_run: int, planned_epochs: int, stopped: str | None, by_dev: bool
+) -> str:
+    """Return which epoch is kept, of how many, and why there were no more. ``by_dev``: dev chose
+    it.
+    """
+    epoch_text = (
+        f"epoch {kept_epoch} of {planned_epochs}, {'best on dev' if by_dev else 'the last'}"
+    )
     if stopped == PATIENCE:
-        return f"{which}; ended after {ran}: {ran - kept} in a row were no better"
-    return f"{which}; ended in {ran} by max_steps" if stopped == MAX_STEPS else which
+        no_better = epochs_run - kept_epoch
+        return f"{epoch_text}; ended after {epochs_run}: {no_better} in a row were no better"
+    if stopped == MAX_STEPS:
+        return f"{epoch_text}; ended in {epochs_run} by max_steps"
+    return epoch_text

@@ -68,14 +68,14 @@ def load_classifier(
     config = classifier_config(model, data.problem)
     if data.label_names:
         names = dict(enumerate(data.label_names))
-        same = config.id2label == names and _same_problem(config, data.problem)
+        fits_labels = config.id2label == names and _same_problem(config, data.problem)
         config.id2label, config.label2id = names, {name: i for i, name in names.items()}
     else:
-        same = config.num_labels == data.outputs and config.problem_type == "regression"
+        fits_labels = config.num_labels == data.outputs and config.problem_type == "regression"
         config.num_labels = data.outputs
     config.problem_type = None if data.problem == TAGS else data.head_problem
     network, unset = _load_weights(model, config, tokenizer, data.problem)
-    if not same and not unset:
+    if not fits_labels and not unset:
         logger.info("%s has a head for other labels; its output layer starts fresh", model)
         _renew_output_layer(network)
     return network
@@ -94,10 +94,12 @@ def _load_weights(
     """Load the classifier, and the names of its head's weights that the checkpoint lacks."""
     set_padding(config, padding_id_of(config, tokenizer))
     auto_class = AUTO_CLASSES[task_of(problem)]
-    what = f"{model!r} cannot be loaded for {task_of(problem).replace('_', ' ')}"
+    problem_text = f"{model!r} cannot be loaded for {task_of(problem).replace('_', ' ')}"
     advice = "; give a model with config.json and safetensors weights (pickled ones are not loaded)"
-    loaded = load_weights(resolve_model(model), auto_class, torch.float32, what, advice, config)
-    check_shapes(what, {k: v for k, v in loaded.shapes.items() if k in loaded.body})
+    loaded = load_weights(
+        resolve_model(model), auto_class, torch.float32, problem_text, advice, config
+    )
+    check_shapes(problem_text, {k: v for k, v in loaded.shapes.items() if k in loaded.body})
     # A pooler is in the body but belongs to the head: a masked LM has none.
     missing = [key for key in loaded.body if ".pooler." not in key]
     if missing:
@@ -129,19 +131,21 @@ def _renew_output_layer(network: PreTrainedModel) -> None:
 def predict(
     model: PreTrainedModel, encoded: EncodedTexts, batch_size: int, *, dropout: bool = False
 ) -> np.ndarray:
-    """Return fp32 logits as ``by_length`` does; never with autocast: the scores are the
+    """Return fp32 logits as ``run_by_length`` does; never with autocast: the scores are the
     weights'.
     """
     model.train(dropout)
 
     def logits(inputs: dict[str, Tensor], places: Tensor | None) -> Tensor:
-        return answers(model, inputs, places)
+        return classifier_logits(model, inputs, places)
 
-    equal = padding_influence(model) > 0
-    return by_length(encoded, batch_size, model.device, logits, equal)
+    equal_lengths = padding_influence(model) > 0
+    return run_by_length(encoded, batch_size, model.device, logits, equal_lengths)
 
 
-def answers(model: PreTrainedModel, inputs: dict[str, Tensor], places: Tensor | None) -> Tensor:
+def classifier_logits(
+    model: PreTrainedModel, inputs: dict[str, Tensor], places: Tensor | None
+) -> Tensor:
     """Return a classifier's logits: [B,C], or at flat ``places`` [P] of the batch [P,C]. Raises
     InputError, naming the model, if its own code fails.
     """
@@ -150,7 +154,9 @@ def answers(model: PreTrainedModel, inputs: dict[str, Tensor], places: Tensor | 
     return logits if places is None else logits.flatten(0, 1)[places]
 
 
-def places_of(encoded: EncodedTexts, rows: np.ndarray, inputs: dict[str, Tensor]) -> Tensor | None:
+def word_places(
+    encoded: EncodedTexts, rows: np.ndarray, inputs: dict[str, Tensor]
+) -> Tensor | None:
     """Return where the words read in some rows are in a batch of them; None: whole texts."""
     if encoded.words is None:
         return None
@@ -159,45 +165,45 @@ def places_of(encoded: EncodedTexts, rows: np.ndarray, inputs: dict[str, Tensor]
 
 
 @torch.inference_mode()
-def by_length(
+def run_by_length(
     encoded: EncodedTexts,
     batch_size: int,
     device: torch.device,
     run: Callable[[dict[str, Tensor], Tensor | None], Tensor],
-    equal: bool = False,
+    equal_lengths: bool = False,
 ) -> np.ndarray:
     """Run on batches of rows of similar length, and return fp32 logits [N,C] in row order; for
     lists of words [W,C], in the order of all words, with NaN for words that are not read.
 
-    ``equal``: batches of one length, for models that padding changes. Raises InputError for words'
-    logits that are not finite.
+    ``equal_lengths``: batches of one length, for models that padding changes. Raises InputError for
+    words' logits that are not finite.
     """
     order = np.argsort(encoded.lengths, kind="stable")
-    ends = np.flatnonzero(np.diff(encoded.lengths[order]) * equal) + 1
+    ends = np.flatnonzero(np.diff(encoded.lengths[order]) * equal_lengths) + 1
     batches = [
         rows[start : start + batch_size]
         for rows in np.split(order, ends)
         for start in range(0, len(rows), batch_size)
     ]
-    each = []
+    parts = []
     for rows in batches:
         inputs = collate(encoded, rows, device)
-        each.append(run(inputs, places_of(encoded, rows, inputs)).float().cpu().numpy())
-    found = np.concatenate(each)
+        parts.append(run(inputs, word_places(encoded, rows, inputs)).float().cpu().numpy())
+    joined = np.concatenate(parts)
     if encoded.words is None:
-        logits = np.empty_like(found)
-        logits[order] = found
+        logits = np.empty_like(joined)
+        logits[order] = joined
         return logits
-    check_finite(found)
-    logits = np.full((sum(map(len, encoded.words)), found.shape[1]), np.nan, np.float32)
-    logits[encoded.read_words(order)] = found
+    check_finite(joined)
+    logits = np.full((sum(map(len, encoded.words)), joined.shape[1]), np.nan, np.float32)
+    logits[encoded.read_words(order)] = joined
     return logits
 
 
-def to_fine_tune(model: str) -> str:
+def finetune_command(model: str) -> str:
     """Return the command that makes an expert of a model, for a message."""
-    where = "--train train.jsonl --dev dev.jsonl --out EXPERT"
-    return f"`pipeline finetune {shlex.quote(model)} {where}`"
+    options = "--train train.jsonl --dev dev.jsonl --out EXPERT"
+    return f"`pipeline finetune {shlex.quote(model)} {options}`"
 
 
 def load_trained(
@@ -212,6 +218,6 @@ def load_trained(
     if unset:
         raise InputError(
             f"{model_dir!r} has no trained classification head (missing: {', '.join(unset)}); "
-            f"fine-tune it first: {to_fine_tune(model_dir)}"
+            f"fine-tune it first: {finetune_command(model_dir)}"
         )
     return network.to(place("fp32").device), tokenizer

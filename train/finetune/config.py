@@ -198,13 +198,13 @@ class FinetuneConfig(TaskSettings):
 
 
 # What older versions trained with.
-_ONCE_FIXED = {"betas": [0.9, 0.999], "eps": 1e-8}
-_ONCE_FIXED |= {"group_field": None, "loss": "listwise", "grade_temperature": 1.0}
+_FORMER_DEFAULTS = {"betas": [0.9, 0.999], "eps": 1e-8}
+_FORMER_DEFAULTS |= {"group_field": None, "loss": "listwise", "grade_temperature": 1.0}
 
 
-def with_once_fixed(recorded: Mapping[str, Any]) -> dict[str, Any]:
+def fill_former_defaults(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return recorded settings, with an older version's fixed values for keys that it lacked."""
-    return _ONCE_FIXED | dict(recorded)
+    return _FORMER_DEFAULTS | dict(recorded)
 
 
 def check_loss(settings: TaskSettings, path: str, ranks: bool) -> None:
@@ -213,17 +213,17 @@ def check_loss(settings: TaskSettings, path: str, ranks: bool) -> None:
     """
     if not isinstance(settings, FinetuneConfig):
         return
-    usual = FinetuneConfig.model_fields
+    fields = FinetuneConfig.model_fields
     for key in ("loss", "grade_temperature"):
-        given = getattr(settings, key)
-        if not ranks and given != usual[key].default:
+        value = getattr(settings, key)
+        if not ranks and value != fields[key].default:
             raise InputError(
                 f"{key} is for documents in groups, and {path} is not read as a ranking: leave "
-                f"{key}: {given} out (in a cycle: give it in the finetune of a task that ranks), "
+                f"{key}: {value} out (in a cycle: give it in the finetune of a task that ranks), "
                 "or say problem: ranking"
             )
     tau = settings.grade_temperature
-    if settings.loss != "listwise" and tau != usual["grade_temperature"].default:
+    if settings.loss != "listwise" and tau != fields["grade_temperature"].default:
         raise InputError(
             f"grade_temperature belongs to loss: listwise, but loss is {settings.loss}; leave "
             f"grade_temperature: {tau} out"
@@ -247,7 +247,7 @@ NOTHING_KEPT = "Nothing of it is kept"
 
 def less_memory(config: FinetuneConfig, bf16: bool) -> str:
     """Return what takes less memory, with the current values; ``bf16``: whether that would."""
-    own = [f"batch_size (now {config.batch_size})", f"max_length (now {config.max_length})"]
-    fewer = f"Lower {' or '.join(own)}"
-    fewer += f", or train in precision bf16 (now {config.precision})" if bf16 else ""
-    return f"{fewer}: `--set batch_size={max(1, config.batch_size // 2)}`"
+    settings = [f"batch_size (now {config.batch_size})", f"max_length (now {config.max_length})"]
+    advice = f"Lower {' or '.join(settings)}"
+    advice += f", or train in precision bf16 (now {config.precision})" if bf16 else ""
+    return f"{advice}: `--set batch_size={max(1, config.batch_size // 2)}`"

@@ -51,8 +51,8 @@ class Weak(NamedTuple):
         return f"is no better than {self.constant}; next to nothing was learned"
 
 
-def weak_beside(metric: str, found: float, logits: np.ndarray, data: TaskData) -> Weak | None:
-    """Return the constant answer that ``logits`` [N,C] with the score ``found`` hardly beat, and in
+def find_weakness(metric: str, score: float, logits: np.ndarray, data: TaskData) -> Weak | None:
+    """Return the constant answer that ``logits`` [N,C] with the score ``score`` hardly beat, and in
     which way; None if they do.
 
     The answer is the best of: the most common class or tag, the one for F1, or the most common
@@ -60,17 +60,19 @@ def weak_beside(metric: str, found: float, logits: np.ndarray, data: TaskData) -
     """
     if data.groups is not None:
         chance = scores_of(data, np.zeros_like(logits))[metric]
-        near = found - chance < _NEAR * (1 - chance)
-        beyond = beyond_chance(logits[:, 0], data.labels, data.groups) >= _BEYOND
-        return Weak(Constant(None, chance), near, beyond) if near or not beyond else None
+        is_near = score - chance < _NEAR * (1 - chance)
+        is_beyond = beyond_chance(logits[:, 0], data.labels, data.groups) >= _BEYOND
+        return (
+            Weak(Constant(None, chance), is_near, is_beyond) if is_near or not is_beyond else None
+        )
     if data.problem not in ("regression", SEVERAL) and len(np.unique(data.labels)) < 2:
         return None  # with one class every answer is right, and tells nothing
     constant = max(_constants(metric, data), key=lambda one: one.score)
-    near = found - constant.score < _NEAR * (1 - constant.score)
+    is_near = score - constant.score < _NEAR * (1 - constant.score)
     guesses = predictions_of(data.problem, logits, data.threshold)
     columns = (_columns(one, data) for one in (guesses, data.labels))
-    beyond = beyond_shuffled(*columns) >= _BEYOND
-    return Weak(constant, near, beyond) if near or not beyond else None
+    is_beyond = beyond_shuffled(*columns) >= _BEYOND
+    return Weak(constant, is_near, is_beyond) if is_near or not is_beyond else None
 
 
 def beyond_shuffled(guesses: np.ndarray, labels: np.ndarray) -> float:
@@ -90,15 +92,15 @@ def _constants(metric: str, data: TaskData) -> Iterator[Constant]:
         yield Constant(None, 0.0)
         return
     order = np.argsort([-count for count in data.counts.values()], kind="stable")
-    each = [order[:1]]
+    answers = [order[:1]]
     if data.problem == SEVERAL:
-        each = [order[:many] for many in range(min(len(order), _MOST_LABELS) + 1)]
+        answers = [order[:count] for count in range(min(len(order), _MOST_LABELS) + 1)]
     elif data.positive_index is not None:
-        each.append(np.array([data.positive_index]))
-    for said in each:
+        answers.append(np.array([data.positive_index]))
+    for indices in answers:
         logits = np.full((len(data.labels), data.outputs), -30.0, np.float32)
-        logits[:, said] = 30.0
-        names = " and ".join(data.label_names[index] for index in said)
+        logits[:, indices] = 30.0
+        names = " and ".join(data.label_names[index] for index in indices)
         yield Constant(names or "none", scores_of(data, logits)[metric])
 
 

@@ -42,7 +42,7 @@ class EncodedTexts:
     token_type_ids: Sequence[Row] | None
     padding_id: int
     limit: int = 0  # tokens; longer texts are cut
-    takes: float = math.inf  # tokens that the model takes
+    model_limit: float = math.inf  # tokens that the model takes
     cut: int = 0  # texts that were cut
     longest: int = 0  # tokens of the longest of these before the cut
     words: Sequence[NDArray[np.int64]] | None = None
@@ -89,17 +89,19 @@ class Cuts:
     """What is cut of texts that come in blocks: the values of EncodedTexts, summed up."""
 
     limit: int = 0
-    takes: float = math.inf
+    model_limit: float = math.inf
     cut: int = 0
     longest: int = 0
     count: int = 0
     unread: dict[str, int] = field(default_factory=dict)
 
-    def and_of(self, texts: "EncodedTexts | Cuts") -> "Cuts":
+    def add(self, texts: "EncodedTexts | Cuts") -> "Cuts":
         """Return these combined with those of one more block."""
         cut, longest = self.cut + texts.cut, max(self.longest, texts.longest)
-        unread = {why: self.unread.get(why, 0) + count for why, count in texts.unread.items()}
-        return Cuts(texts.limit, texts.takes, cut, longest, self.count + texts.count, unread)
+        unread = {
+            reason: self.unread.get(reason, 0) + count for reason, count in texts.unread.items()
+        }
+        return Cuts(texts.limit, texts.model_limit, cut, longest, self.count + texts.count, unread)
 
 
 def encode(
@@ -116,29 +118,29 @@ def encode(
     one padding token, so that no row is empty. Lists of words are read as in ``encode_words``.
     """
     padding_id = padding_id_of(model_config, tokenizer)
-    takes = min(longest_input(model_config) or math.inf, tokenizer.model_max_length)
-    most = int(min(max_length or MOST_TOKENS, takes))
+    model_limit = min(longest_input(model_config) or math.inf, tokenizer.model_max_length)
+    limit = int(min(max_length or MOST_TOKENS, model_limit))
     if data.words is not None:
-        own = wrap_tokenizer(tokenizer, tokenizer.name_or_path)
-        read = encode_words(own, data.words, most)
-        largest = max((int(row.max(initial=0)) for row in read.ids), default=0)
+        wrapped = wrap_tokenizer(tokenizer, tokenizer.name_or_path)
+        encoded_words = encode_words(wrapped, data.words, limit)
+        largest = max((int(row.max(initial=0)) for row in encoded_words.ids), default=0)
         _refuse_unknown(tokenizer, model_config, largest)
-        return of_words(read, padding_id, most, takes)
-    found = tokenizer(
-        data.texts, data.pairs, truncation=True, max_length=most, split_special_tokens=True
+        return from_words(encoded_words, padding_id, limit, model_limit)
+    encodings = tokenizer(
+        data.texts, data.pairs, truncation=True, max_length=limit, split_special_tokens=True
     )
-    ids = [row or [padding_id] for row in found["input_ids"]]
+    ids = [row or [padding_id] for row in encodings["input_ids"]]
     # A generic tokenizer also gives segments to models that would misread them.
-    types = found.get("token_type_ids") if knows_segments(model_config) else None
-    cut = [row for row, encoding in enumerate(found.encodings) if encoding.overflowing]
+    types = encodings.get("token_type_ids") if knows_segments(model_config) else None
+    cut = [row for row, encoding in enumerate(encodings.encodings) if encoding.overflowing]
     longest = 0
     if cut:
         pairs = data.pairs and [data.pairs[row] for row in cut]
-        texts, apart = [data.texts[row] for row in cut], {"split_special_tokens": True}
-        whole = tokenizer(texts, pairs, truncation=False, verbose=False, **apart)
-        longest = max(map(len, whole["input_ids"]))
+        texts, options = [data.texts[row] for row in cut], {"split_special_tokens": True}
+        uncut = tokenizer(texts, pairs, truncation=False, verbose=False, **options)
+        longest = max(map(len, uncut["input_ids"]))
     _refuse_unknown(tokenizer, model_config, max(map(max, ids), default=0))
-    return EncodedTexts(ids, types, padding_id, most, takes, len(cut), longest)
+    return EncodedTexts(ids, types, padding_id, limit, model_limit, len(cut), longest)
 
 
 def _refuse_unknown(
@@ -156,12 +158,14 @@ def _refuse_unknown(
         )
 
 
-def of_words(found: EncodedWords, padding_id: int, limit: int, takes: float) -> EncodedTexts:
+def from_words(
+    words: EncodedWords, padding_id: int, limit: int, model_limit: float
+) -> EncodedTexts:
     """Return texts that were given as words; an empty one is a padding token."""
-    ids = [row if len(row) else np.array([padding_id], np.int32) for row in found.ids]
-    cut, longest = int((found.lengths > limit).sum()), int(found.lengths.max(initial=0))
-    counts = (cut, longest, found.places, found.cut, found.empty)
-    return EncodedTexts(ids, None, padding_id, limit, takes, *counts)
+    ids = [row if len(row) else np.array([padding_id], np.int32) for row in words.ids]
+    cut, longest = int((words.lengths > limit).sum()), int(words.lengths.max(initial=0))
+    counts = (cut, longest, words.places, words.cut, words.empty)
+    return EncodedTexts(ids, None, padding_id, limit, model_limit, *counts)
 
 
 def padding_id_of(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
@@ -169,8 +173,8 @@ def padding_id_of(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizer
     the end of text, or 0.
     """
     rows = model_config.get_text_config().vocab_size
-    known = (padding_of(model_config), tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((number for number in known if number is not None and number < rows), 0)
+    candidates = (padding_of(model_config), tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((number for number in candidates if number is not None and number < rows), 0)
 
 
 def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
@@ -181,30 +185,33 @@ def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> di
     return model_inputs(ids, lengths, device, segments)
 
 
-def tell_cut(splits: Mapping[str, EncodedTexts | Cuts], taught: str = "") -> dict[str, float]:
+def log_cut_texts(
+    splits: Mapping[str, EncodedTexts | Cuts], trained_split: str = ""
+) -> dict[str, float]:
     """Return the share of each split's texts that was cut, and log it, as a warning if any was; log
-    how many words of lists are not read, which has another consequence for the split ``taught``.
+    how many words of lists are not read, which has another consequence for ``trained_split``.
     """
     for name, texts in splits.items():
         for reason, count in texts.unread.items():
             if count:
                 wrong = "have no answer, and count as wrong"
-                then = "teach nothing" if name == taught else wrong
+                consequence = "teach nothing" if name == trained_split else wrong
                 words = counted(count, "word")
-                logger.warning("%s of %s: %s; they %s", words, name, reason, then)
+                logger.warning("%s of %s: %s; they %s", words, name, reason, consequence)
     shares = {name: texts.cut / max(texts.count, 1) for name, texts in splits.items()}
     limit = max((texts.limit for texts in splits.values()), default=0)
     if not any(shares.values()):
         logger.info("no text is cut (at most %d tokens)", limit)
         return shares
-    told = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
+    cut_shares = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
     longest = max(texts.longest for texts in splits.values())
-    takes = min(texts.takes for texts in splits.values())
+    model_limit = min(texts.model_limit for texts in splits.values())
     advice = "the model takes no more"
-    if limit < takes:
-        advice = f"max_length={min(longest, takes)} reads {'all' if longest <= takes else 'more'}"
+    if limit < model_limit:
+        amount = "all" if longest <= model_limit else "more"
+        advice = f"max_length={min(longest, model_limit)} reads {amount}"
     logger.warning(
         "texts are cut at %d tokens: %s (the longest has %d); what follows is never read: %s",
-        *(limit, told, longest, advice),
+        *(limit, cut_shares, longest, advice),
     )
     return shares

@@ -18,16 +18,16 @@ def tags_entities(names: Iterable[str]) -> bool:
     return "O" in each and len(each) > 1 and all(n == "O" or _TAG.fullmatch(n) for n in each)
 
 
-def complete(names: Iterable[str]) -> set[str]:
+def complete_tags(names: Iterable[str]) -> set[str]:
     """Return the tags ``names`` and, if they are entity tags, others that the same entities may
     need.
     """
-    each = {*names}
-    if not tags_entities(each):
-        return each
-    found = [_parts(name) for name in each - {"O"}]
-    begins = {begin for begin, _ in found} | {"B", "I"}
-    return {"O"} | {f"{b}-{kind}" if kind else b for b in begins for _, kind in found}
+    tags = {*names}
+    if not tags_entities(tags):
+        return tags
+    parts = [_parts(name) for name in tags - {"O"}]
+    begins = {begin for begin, _ in parts} | {"B", "I"}
+    return {"O"} | {f"{b}-{kind}" if kind else b for b in begins for _, kind in parts}
 
 
 def entities(tags: Sequence[str | None]) -> set[Entity]:
@@ -36,16 +36,18 @@ def entities(tags: Sequence[str | None]) -> set[Entity]:
     A new one begins with B or S, with another type, or with an I or E that continues none.
     """
     found: set[Entity] = set()
-    start, before, of = -1, "O", ""
+    start, previous, kind_before = -1, "O", ""
     for place, tag in enumerate([*tags, None]):
-        now, kind = _parts(tag or "O")
-        goes_on = now in _INSIDE and before != "O" and before not in _LAST and kind == of
-        if start >= 0 and not goes_on:
-            found.add((of, start, place))
+        prefix, kind = _parts(tag or "O")
+        continues = (
+            prefix in _INSIDE and previous != "O" and previous not in _LAST and kind == kind_before
+        )
+        if start >= 0 and not continues:
+            found.add((kind_before, start, place))
             start = -1
-        if now != "O" and not goes_on:
+        if prefix != "O" and not continues:
             start = place
-        before, of = now, kind
+        previous, kind_before = prefix, kind
     return found
 
 
@@ -55,14 +57,14 @@ def entity_f1(
     """Return the F1 of entities over all texts: one counts if its type and tokens are all right;
     0.0 if there is none.
     """
-    right = both = 0
-    for own, wanted in zip(predicted, true, strict=True):
-        given, there = entities(own), entities(wanted)
-        right += len(given & there)
-        both += len(given) + len(there)
-    return 2 * right / both if both else 0.0
+    correct = total = 0
+    for predicted_tags, true_tags in zip(predicted, true, strict=True):
+        found, existing = entities(predicted_tags), entities(true_tags)
+        correct += len(found & existing)
+        total += len(found) + len(existing)
+    return 2 * correct / total if total else 0.0
 
 
 def _parts(tag: str) -> tuple[str, str]:
-    found = _TAG.fullmatch(tag)
-    return (found[1], found[2] or "") if found else ("O", "")
+    match = _TAG.fullmatch(tag)
+    return (match[1], match[2] or "") if match else ("O", "")

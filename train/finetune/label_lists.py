@@ -23,7 +23,7 @@ from rekindle.train.finetune.labels import (
     Label,
     Raw,
     Rows,
-    leave_out,
+    drop_setting,
     read_label,
 )
 
@@ -49,7 +49,7 @@ class Lists(NamedTuple):
     numbers: list[int]  # of the rows, counted from 1
 
 
-def list_in(raw: Raw) -> List | None:
+def parse_list(raw: Raw) -> List | None:
     """Return a list, also from a text that is one in JSON or Python; None for anything else.
 
     A Python list must have quoted names, as pandas writes them into a csv.
@@ -65,40 +65,42 @@ def list_in(raw: Raw) -> List | None:
     return None
 
 
-def several_in(raw: Raw, separator: str | None) -> List | None:
-    """Return the labels of one text: ``list_in``, or the parts between separators (none for an
+def parse_labels(raw: Raw, separator: str | None) -> List | None:
+    """Return the labels of one text: ``parse_list``, or the parts between separators (none for an
     empty text).
     """
     if isinstance(raw, str) and separator is not None:
         return tuple(part for one in raw.split(separator) if (part := one.strip()))
-    return list_in(raw)
+    return parse_list(raw)
 
 
-def words_in(raw: Raw) -> List | None:
+def parse_words(raw: Raw) -> List | None:
     """Return the words, or the tags, of one text: a list of them, or the text split at
     white space.
     """
-    found = list_in(raw)
-    if isinstance(raw, str) and (found is None or not all(isinstance(one, str) for one in found)):
+    words = parse_list(raw)
+    if isinstance(raw, str) and (words is None or not all(isinstance(one, str) for one in words)):
         return tuple(raw.split())  # "[1]" is a word
-    return found
+    return words
 
 
-def are_several(path: str, labels: Sequence[Raw], settings: TaskSettings) -> bool:
+def has_label_lists(path: str, labels: Sequence[Raw], settings: TaskSettings) -> bool:
     """Return whether the labels of a task's train file are lists of names, by ``settings`` or by
     their form. Raises InputError for lists of whole numbers that cannot be scores.
     """
     if settings.problem is not None or settings.label_separator is not None:
         return settings.problem in (None, SEVERAL)
     lists = [
-        (row, found) for row, raw in enumerate(labels, 1) if (found := list_in(raw)) is not None
+        (row, labels_of_row)
+        for row, raw in enumerate(labels, 1)
+        if (labels_of_row := parse_list(raw)) is not None
     ]
     if not lists:
         return False
-    values = [*chain.from_iterable(found for _, found in lists)]
+    values = [*chain.from_iterable(labels_of_row for _, labels_of_row in lists)]
     if not values or settings.label_names or not all(map(_is_number, values)):
         return True
-    row = next((row for row, found in lists if len(found) < 2), 0)
+    row = next((row for row, labels_of_row in lists if len(labels_of_row) < 2), 0)
     if row and all(_is_whole(value) for value in values):
         raise InputError(
             f"{path}, row {row}: label {labels[row - 1]!r}: lists of whole numbers may be the "
@@ -130,12 +132,13 @@ def refuse_joined(files: Sequence[tuple[str, Sequence[Raw]]], dropped: frozenset
     ``animal|dog``, ``animal|cat``, ``plant|rose``, ``plant|oak``, are classes, which is logged.
     """
     texts = [(path, [_single(raw) for raw in labels]) for path, labels in files]
-    names = {name for _, each in texts for name in each if name} - dropped
-    whole = all(name for _, each in texts for name in each)  # empty ones: none holds for that text
+    names = {name for _, row_names in texts for name in row_names if name} - dropped
+    # an empty one: none holds for that text
+    all_named = all(name for _, row_names in texts for name in row_names)
     for separator in ";|,":
         uses = Counter(part for name in names for part in {*_parts(name, separator)})
         joined = {name for name in names if _joins(_parts(name, separator), separator, uses)}
-        if joined and separator == "|" and whole and _are_paths(names):
+        if joined and separator == "|" and all_named and _are_paths(names):
             log.warning(
                 "labels such as %r are taken as classes as they are written: paths in a tree, of "
                 "equal length; if they are several labels of one text, say --set %s",
@@ -143,14 +146,14 @@ def refuse_joined(files: Sequence[tuple[str, Sequence[Raw]]], dropped: frozenset
                 _say_separator(separator),
             )
             continue
-        for path, each in texts if joined else ():
-            if row := next((row for row, name in enumerate(each, 1) if name in joined), 0):
-                _refuse_join(path, row, each, separator, joined)
+        for path, row_names in texts if joined else ():
+            if row := next((row for row, name in enumerate(row_names, 1) if name in joined), 0):
+                _refuse_join(path, row, row_names, separator, joined)
 
 
 def _single(raw: Raw) -> str | None:
     """Return a label as text; None for a missing one, or a list."""
-    single = isinstance(raw, str | int) and list_in(raw) is None
+    single = isinstance(raw, str | int) and parse_list(raw) is None
     return str(raw).strip() if single else None
 
 
@@ -169,17 +172,17 @@ def _are_paths(names: Collection[str]) -> bool:
     with equally many parts, and each part below only one other. Several labels of one text are
     hardly ever so.
     """
-    above: dict[str, tuple[int, str]] = {}
+    parents: dict[str, tuple[int, str]] = {}
     paths = [_parts(name, "|") for name in names]
     for parts in paths:
         for depth, part in enumerate(parts):
             place = (depth, parts[depth - 1] if depth else "")
-            if above.setdefault(part, place) != place:
+            if parents.setdefault(part, place) != place:
                 return False
-    branches = Counter(root for depth, root in above.values() if depth == 1)
-    roots = [part for part, (depth, _) in above.items() if not depth]
-    alike = len({len(parts) for parts in paths}) == 1
-    return alike and len(roots) > 1 and all(branches[root] > 1 for root in roots)
+    branches = Counter(root for depth, root in parents.values() if depth == 1)
+    roots = [part for part, (depth, _) in parents.items() if not depth]
+    equal_depth = len({len(parts) for parts in paths}) == 1
+    return equal_depth and len(roots) > 1 and all(branches[root] > 1 for root in roots)
 
 
 def _say_separator(separator: str) -> str:
@@ -187,17 +190,19 @@ def _say_separator(separator: str) -> str:
 
 
 def _refuse_join(
-    path: str, row: int, each: Sequence[str | None], separator: str, joined: set[str]
+    path: str, row: int, row_names: Sequence[str | None], separator: str, joined: set[str]
 ) -> NoReturn:
     setting = _say_separator(separator)
-    empty = each.count("")
-    without = f"; then none holds in {counted(empty, 'row')} with an empty label" if empty else ""
-    rows = counted(sum(one in joined for one in each), "row")
+    empty = row_names.count("")
+    empty_rows = ""
+    if empty:
+        empty_rows = f"; then none holds in {counted(empty, 'row')} with an empty label"
+    rows = counted(sum(one in joined for one in row_names), "row")
     raise InputError(
-        f"{path}, row {row}: label {each[row - 1]!r} joins labels of other rows with {separator!r} "
-        f"(such labels: {rows}); if these are several labels of one text, say --set {setting} (in "
-        f"a cycle: finetune.label_separator{without}); if each is a class as it is written, say "
-        "--set problem=classification"
+        f"{path}, row {row}: label {row_names[row - 1]!r} joins labels of other rows with "
+        f"{separator!r} (such labels: {rows}); if these are several labels of one text, say --set "
+        f"{setting} (in a cycle: finetune.label_separator{empty_rows}); if each is a class as it "
+        "is written, say --set problem=classification"
     )
 
 
@@ -211,60 +216,60 @@ def read_lists(
     """Read the labels of each row, without rows that have one in ``dropped`` ("": without any
     list), and count these. Raises InputError, naming the row, for anything but a list of names.
     """
-    lists, gone = Lists(Rows(path, [], []), [], []), Counter[str]()
+    lists, left_out = Lists(Rows(path, [], []), [], []), Counter[str]()
     for number, value in enumerate(raw, start=1):
-        found = read(value)
-        if value is None or (found is None and isinstance(value, str) and not value.strip()):
+        row_labels = read(value)
+        if value is None or (row_labels is None and isinstance(value, str) and not value.strip()):
             if "" not in dropped:
                 raise InputError(
                     f"{path}, row {number}: label is missing (given: {value!r}; a text without "
-                    "labels "
-                    f"has an empty list); add it, or leave such rows out with {leave_out('')}"
+                    "labels has an empty list); add it, or leave such rows out with "
+                    f"{drop_setting('')}"
                 )
-            gone[""] += 1
+            left_out[""] += 1
             continue
-        if found is None:
-            other = next((row for row, one in enumerate(raw, 1) if read(one) is not None), 0)
-            beside = f", as that of row {other} is" if other else ""
+        if row_labels is None:
+            example = next((row for row, one in enumerate(raw, 1) if read(one) is not None), 0)
+            contrast = f", as that of row {example} is" if example else ""
             raise InputError(
-                f"{path}, row {number}: label {value!r} is not a list of labels{beside}; write "
+                f"{path}, row {number}: label {value!r} is not a list of labels{contrast}; write "
                 f'["{str(value)[:40]}"] for one label, or say what stands between several with '
                 "label_separator, as in --set 'label_separator=\";\"'"
             )
         try:
-            labels = [_label_of(one, label_names) for one in found]
+            labels = [_label_of(one, label_names) for one in row_labels]
         except ValueError as error:
             raise InputError(f"{path}, row {number}: label {_short(value)}: {error}") from None
-        if out := next((one.name for one in labels if one.name in dropped), None):
-            gone[out] += 1
+        if dropped_name := next((one.name for one in labels if one.name in dropped), None):
+            left_out[dropped_name] += 1
             continue
         lists.each.labels.extend(labels)
         lists.each.numbers.extend([number] * len(labels))
         lists.lengths.append(len(labels))
         lists.numbers.append(number)
-    return lists, gone
+    return lists, left_out
 
 
-def _label_of(one: object, label_names: Sequence[str]) -> Label:
+def _label_of(value: object, label_names: Sequence[str]) -> Label:
     """Return one label of a list; raise ValueError, with a message, if it is not a name."""
-    if one is None or isinstance(one, bool | list | tuple | dict):
+    if value is None or isinstance(value, bool | list | tuple | dict):
         raise ValueError(
-            f"{one!r} in a list is not a label; give the names of the labels that hold"
+            f"{value!r} in a list is not a label; give the names of the labels that hold"
         )
-    if isinstance(one, str):
-        if told := surrogate_problem("label", one):
-            raise ValueError(told)
-        name = one.strip()
+    if isinstance(value, str):
+        if problem := surrogate_problem("label", value):
+            raise ValueError(problem)
+        name = value.strip()
         if not name:
             raise ValueError("a label in it is empty; give it a name, or take it out")
-        return by_number(Label(one, name, name), label_names)
-    label = read_label(one)
+        return resolve_number(Label(value, name, name), label_names)
+    label = read_label(value)
     if not isinstance(label.value, float) or not label.value.is_integer():
-        raise ValueError(f"{one!r} is not a label: give names, or whole numbers")
-    return by_number(Label(one, label.name, label.name), label_names)
+        raise ValueError(f"{value!r} is not a label: give names, or whole numbers")
+    return resolve_number(Label(value, label.name, label.name), label_names)
 
 
-def by_number(label: Label, label_names: Sequence[str]) -> Label:
+def resolve_number(label: Label, label_names: Sequence[str]) -> Label:
     """Return the label that a whole number stands for in ``label_names``, if there are any; a name
     unchanged. Raises ValueError for a number outside.
     """
@@ -273,17 +278,17 @@ def by_number(label: Label, label_names: Sequence[str]) -> Label:
     if not 0 <= (number := int(label.name)) < len(label_names):
         raise ValueError(
             f"{label.name} is not the number of a label: label_names has {len(label_names)}, and "
-            f"the first is 0; name them all, or leave such rows out with {leave_out(label.name)}"
+            f"the first is 0; name them all, or leave such rows out with {drop_setting(label.name)}"
         )
     return Label(label.raw, label_names[number], label_names[number])
 
 
-def named_rows(rows: Rows, label_names: Sequence[str]) -> Rows:
-    """Return single labels ``by_number``; InputError, naming the row, for a number outside."""
+def resolve_numbers(rows: Rows, label_names: Sequence[str]) -> Rows:
+    """Return single labels ``resolve_number``; InputError, naming the row, for a number outside."""
     labels: list[Label] = []
     for place, label in enumerate(rows.labels):
         try:
-            labels.append(by_number(label, label_names))
+            labels.append(resolve_number(label, label_names))
         except ValueError as error:
             rows.refuse(place, f"label {error}")
     return rows._replace(labels=labels)
@@ -307,24 +312,24 @@ def check_settings(settings: TaskSettings) -> None:
         )
 
 
-def check_several(lists: Lists, train: bool) -> None:
+def check_label_lists(lists: Lists, train: bool) -> None:
     """Raise InputError for a label that is twice in a row, and for ``train`` lists that have 0 or 1
     for every label instead of naming those that hold.
     """
     rows = [*_by_row(lists)]
-    ones = all({one.name for one in row} <= {"0", "1"} for row in rows)
-    numbers = ones and not any(isinstance(one.raw, str) for one in lists.each.labels)
-    if train and numbers and len({*lists.lengths}) == 1 and lists.lengths[0] > 1:
+    all_binary = all({one.name for one in row} <= {"0", "1"} for row in rows)
+    are_numbers = all_binary and not any(isinstance(one.raw, str) for one in lists.each.labels)
+    if train and are_numbers and len({*lists.lengths}) == 1 and lists.lengths[0] > 1:
         raise InputError(
             f"{lists.each.path}, row {lists.numbers[0]}: label {[one.raw for one in rows[0]]}: "
             "every row has a 0 or a 1 for each label; give the names, or the numbers, of the "
             f"labels that hold. If they are scores, say {SAY_SCORES}"
         )
     for number, row in zip(lists.numbers, rows, strict=True):
-        twice = [name for name, count in Counter(one.name for one in row).items() if count > 1]
-        if twice:
+        repeated = [name for name, count in Counter(one.name for one in row).items() if count > 1]
+        if repeated:
             raise InputError(
-                f"{lists.each.path}, row {number}: label {twice[0]!r} is twice in the list; "
+                f"{lists.each.path}, row {number}: label {repeated[0]!r} is twice in the list; "
                 "name each label that holds once"
             )
 
@@ -339,8 +344,9 @@ def check_tags(lists: Lists, words: Sequence[Sequence[str]], settings: TaskSetti
                 f"{lists.each.path}, row {number}: {len(words[number - 1])} tokens, but {length} "
                 "tags; each token has one tag"
             )
-    known = settings.problem is not None or settings.label_names
-    if not known and all(_is_number(one.raw) for one in lists.each.labels) and lists.each.labels:
+    has_names = settings.problem is not None or settings.label_names
+    labels = lists.each.labels
+    if not has_names and labels and all(_is_number(label.raw) for label in labels):
         lists.each.refuse(
             0,
             f"tag {lists.each.labels[0].raw!r}: all tags are numbers, which do not show where an "

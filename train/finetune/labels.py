@@ -70,9 +70,9 @@ class Rows(NamedTuple):
     labels: list[Label]
     numbers: list[int]
 
-    def refuse(self, place: int, told: str) -> NoReturn:
+    def refuse(self, place: int, problem: str) -> NoReturn:
         """Raise InputError about a label, naming its row."""
-        raise InputError(f"{self.path}, row {self.numbers[place]}: {told}")
+        raise InputError(f"{self.path}, row {self.numbers[place]}: {problem}")
 
 
 def read_label(raw: Raw, as_written: bool = False) -> Label:
@@ -94,8 +94,8 @@ def read_label(raw: Raw, as_written: bool = False) -> Label:
             f"{type(raw).__name__})"
         )
     text = (raw or "").strip()
-    if told := surrogate_problem("label", raw or ""):
-        raise ValueError(told)
+    if problem := surrogate_problem("label", raw or ""):
+        raise ValueError(problem)
     if text.casefold() in _MISSING:
         return Label(raw, None, "")
     if _NUMBER.fullmatch(text.casefold()):
@@ -119,9 +119,9 @@ def _read_number(raw: Raw, text: str, as_written: bool) -> Label:
 
 def _number(raw: Raw, number: float, written_decimal: bool) -> Label:
     if abs(number) > _LARGEST:
-        told = f"{str(raw)[:40]}{'…' if len(str(raw)) > 40 else ''}"
+        shown = f"{str(raw)[:40]}{'…' if len(str(raw)) > 40 else ''}"
         raise ValueError(
-            f"label is {told}; a number must be finite, and below 1.8e308: drop the row"
+            f"label is {shown}; a number must be finite, and below 1.8e308: drop the row"
         )
     if math.isnan(number):
         return Label(raw, None, "")
@@ -155,14 +155,14 @@ def meaning_of(train: Rows, problem: str | None) -> Meaning:
     if problem is None:
         _refuse_mixed(train)
         kind, values = train.labels[0].kind, [label.value for label in train.labels]
-        whole = all(number.is_integer() for value in values for number in _numbers(value))
-        if kind == "a list of numbers" and whole:
+        all_integers = all(number.is_integer() for value in values for number in _numbers(value))
+        if kind == "a list of numbers" and all_integers:
             train.refuse(
                 0,
                 f"label {train.labels[0].raw!r}: lists of whole numbers may be scores, or classes "
                 f"that do not exclude each other; say {SAY_SCORES} or {SAY_SEVERAL}",
             )
-        if kind in _OF_NUMBERS and not whole:
+        if kind in _OF_NUMBERS and not all_integers:
             return _as_scores(train)
         refuse_doubtful(train)
     by_name = {label.name: label.value for label in train.labels}
@@ -171,10 +171,10 @@ def meaning_of(train: Rows, problem: str | None) -> Meaning:
             f"{train.path}: every label is {next(iter(by_name))!r}; a classification task needs at "
             "least two classes in train"
         )
-    return Meaning(in_order(by_name))
+    return Meaning(sort_names(by_name))
 
 
-def in_order(names: Iterable[str]) -> tuple[str, ...]:
+def sort_names(names: Iterable[str]) -> tuple[str, ...]:
     """Return names of classes, each once: sorted by number if all are numbers, else
     alphabetically.
     """
@@ -196,7 +196,7 @@ def _refuse_mixed(train: Rows) -> None:
                 place,
                 f"label {label.raw!r} is {label.kind}, but row {train.numbers[0]} has "
                 f"{first.raw!r}, {first.kind}; use one type of label throughout, leave rows out "
-                f"with {leave_out(label.name)}, or say {_CLASSIFY}",
+                f"with {drop_setting(label.name)}, or say {_CLASSIFY}",
             )
 
 
@@ -212,21 +212,23 @@ def refuse_doubtful(train: Rows, problem: str = "classification") -> None:
             train.refuse(
                 places[name],
                 f"label {name!r} ({counted(counts[name], 'row')}) may be a class, or mean that "
-                f"there is no label; leave these rows out with {leave_out(name)}, or say "
+                f"there is no label; leave these rows out with {drop_setting(name)}, or say "
                 f"{as_written}",
             )
     spelled: dict[str, tuple[int, str]] = {}
     for place, label in enumerate(train.labels):
         if not isinstance(label.raw, str) or not isinstance(label.value, str):
             continue
-        before = spelled.setdefault(" ".join(label.raw.split()).casefold(), (place, label.raw))
-        if before[1] != label.raw:
+        first_spelling = spelled.setdefault(
+            " ".join(label.raw.split()).casefold(), (place, label.raw)
+        )
+        if first_spelling[1] != label.raw:
             train.refuse(
                 place,
-                f"label {label.raw!r}, but row {train.numbers[before[0]]} has {before[1]!r}: they "
-                "differ only in blanks or case; write both alike, or say --set "
-                f"problem={problem} (then case makes classes of their own, and blanks around a "
-                "name do not count)",
+                f"label {label.raw!r}, but row {train.numbers[first_spelling[0]]} has "
+                f"{first_spelling[1]!r}: they differ only in blanks or case; write both alike, or "
+                f"say --set problem={problem} (then case makes classes of their own, and blanks "
+                "around a name do not count)",
             )
     if len(counts) >= _FEWEST_IDS and len(train.labels) < 2 * len(counts):
         scores = f" or {SAY_SCORES}" if problem == "classification" else ""
@@ -236,12 +238,13 @@ def refuse_doubtful(train: Rows, problem: str = "classification") -> None:
             f"{len(train.labels)} rows, more like ids or scores than classes; name the field of "
             f"the labels with --label-field, or say {as_written}{scores}",
         )
-    at_first = next((place for place, label in enumerate(train.labels) if label.decimal), None)
-    if at_first is not None and not counts.keys() <= {"0", "1"}:
+    first_decimal = next((place for place, label in enumerate(train.labels) if label.decimal), None)
+    if first_decimal is not None and not counts.keys() <= {"0", "1"}:
         train.refuse(
-            at_first,
-            f"label {train.labels[at_first].raw!r}: all are whole numbers, written as decimals, "
-            f"and not 0 and 1; they may be classes or scores: say {_CLASSIFY} or {SAY_SCORES}",
+            first_decimal,
+            f"label {train.labels[first_decimal].raw!r}: all are whole numbers, written as "
+            f"decimals, and not 0 and 1; they may be classes or scores: say {_CLASSIFY} or "
+            f"{SAY_SCORES}",
         )
 
 
@@ -258,7 +261,7 @@ def check_scores(split: Rows, outputs: int) -> None:
     """Raise InputError, naming the row, for a label that is not ``outputs`` numbers."""
     for place, label in enumerate(split.labels):
         values = _numbers(label.value)
-        many = len(values)
+        count = len(values)
         if label.kind not in _OF_NUMBERS:
             split.refuse(
                 place,
@@ -269,8 +272,8 @@ def check_scores(split: Rows, outputs: int) -> None:
             split.refuse(
                 place, f"label {label.raw!r} is too large; a score is at most {_LARGEST_SCORE:.1e}"
             )
-        if many != outputs:
-            split.refuse(place, f"label {label.raw!r} has {many} numbers; the first has {outputs}")
+        if count != outputs:
+            split.refuse(place, f"label {label.raw!r} has {count} numbers; the first has {outputs}")
 
 
 def class_indices(split: Rows, names: Sequence[str], train_path: str) -> list[int]:
@@ -280,12 +283,12 @@ def class_indices(split: Rows, names: Sequence[str], train_path: str) -> list[in
     if -1 in numbers:
         place = numbers.index(-1)
         label = split.labels[place]
-        known = ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")
+        shown_names = ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")
         split.refuse(
             place,
             f"label {label.name!r} does not occur in {train_path}; the labels are those of train "
-            f"({len(names)}: {known}){did_you_mean(label.name, names) or '.'} Correct the label, "
-            f"add such rows to train, or leave them out with {leave_out(label.name)}",
+            f"({len(names)}: {shown_names}){did_you_mean(label.name, names) or '.'} Correct the "
+            f"label, add such rows to train, or leave them out with {drop_setting(label.name)}",
         )
     return numbers
 
@@ -303,50 +306,50 @@ def _to_drop(label: Label) -> str:
     return label.name.casefold() if label.name.casefold() in _TRUTH else label.name
 
 
-def check_dropped(dropped: frozenset[str], found: Sequence[tuple[Rows, Counter[str]]]) -> None:
+def check_dropped(dropped: frozenset[str], files: Sequence[tuple[Rows, Counter[str]]]) -> None:
     """Raise InputError for a label to leave out that no file has; "" (missing) need not occur.
 
-    ``found``: for each file the rows kept, and how many were not.
+    ``files``: for each file the rows kept, and how many were not.
     """
     for name in sorted(dropped - {""}):
-        if not any(gone[name] for _, gone in found):
-            names = dict.fromkeys(label.name for rows, _ in found for label in rows.labels)
-            known = ", ".join([*names][:SHOWN]) + (" …" if len(names) > SHOWN else "")
+        if not any(left_out[name] for _, left_out in files):
+            names = dict.fromkeys(label.name for rows, _ in files for label in rows.labels)
+            shown_names = ", ".join([*names][:SHOWN]) + (" …" if len(names) > SHOWN else "")
             quoted = ' (YAML reads 09 as the number 9; write "09")' if name.isdecimal() else ""
             raise InputError(
                 f"drop_labels has {name!r}, which is not a label of "
-                f"{', '.join(dict.fromkeys(rows.path for rows, _ in found))} (there are: {known})"
-                f"{did_you_mean(name, names) or '.'} Correct it, or give it to a task that has "
-                f"it{quoted}"
+                f"{', '.join(dict.fromkeys(rows.path for rows, _ in files))} (there are: "
+                f"{shown_names}){did_you_mean(name, names) or '.'} Correct it, or give it to a "
+                f"task that has it{quoted}"
             )
 
 
-def kept_rows(
+def read_labels(
     path: str, raw: Sequence[Raw], dropped: frozenset[str], as_written: bool
 ) -> tuple[Rows, Counter[str]]:
     """Read the labels of a file without those in ``dropped``, by name ("" is a missing one), and
     count these. Raises InputError, naming the row, for a missing label or one that is not a label.
     """
-    rows, gone = Rows(path, [], []), Counter[str]()
+    rows, left_out = Rows(path, [], []), Counter[str]()
     for number, value in enumerate(raw, start=1):
         try:
             label = read_label(value, as_written)
         except ValueError as error:
             raise InputError(f"{path}, row {number}: {error}") from None
         if (name := _to_drop(label)) in dropped:
-            gone[name] += 1
+            left_out[name] += 1
         elif label.value is None:
             raise InputError(
                 f"{path}, row {number}: label is missing (given: {value!r}); add it, or leave such "
-                f"rows out with {leave_out('')}"
+                f"rows out with {drop_setting('')}"
             )
         else:
             rows.labels.append(label)
             rows.numbers.append(number)
-    return rows, gone
+    return rows, left_out
 
 
-def read_alike(splits: Sequence[Rows], as_written: bool) -> list[Rows]:
+def unify_labels(splits: Sequence[Rows], as_written: bool) -> list[Rows]:
     """Read words in the way that fits all labels of the first file: if these are true and false, in
     any case, as booleans (a csv has no others); if they are codes such as 09 and 10, none as a
     number.
@@ -385,7 +388,7 @@ def _code(label: Label) -> Label:
     return Label(label.raw, name, name)
 
 
-def leave_out(name: str) -> str:
+def drop_setting(name: str) -> str:
     """Return the setting that leaves rows with a label out ("": a missing one)."""
     setting = f"drop_labels=[{_quoted(name) if name else 'null'}]"
     return f"--set {shlex.quote(setting)} (in a cycle: finetune.drop_labels)"

@@ -15,8 +15,8 @@ from rekindle.train.ranking.losses import ranking_loss
 def loss_of(
     logits: Tensor, data: TaskData, encoded: EncodedTexts, rows: np.ndarray, config: FinetuneConfig
 ) -> Tensor:
-    """Return the mean loss of ``rows`` [B] of a split, from the fp32 logits of ``answers`` [B,C],
-    or [P,C] for the words that were read.
+    """Return the mean loss of ``rows`` [B] of a split, from the fp32 logits of
+    ``classifier_logits`` [B,C], or [P,C] for the words that were read.
 
     Cross-entropy for classes and for tags (each word counts equally), the binary one for each label
     if several may hold, squared error for scores; ``config.loss`` for documents in groups, of which

@@ -34,20 +34,20 @@ def merged_probabilities(
     probabilities of dropout passes; without them MUKI's merges are left out. An expert alone gives
     0 to labels that it lacks.
     """
-    found = {
+    probabilities = {
         f"{name} alone": union.pad(name, torch.softmax(z, dim=1)) for name, z in logits.items()
     }
-    some = next(iter(logits.values()))
-    equal = some.new_full((len(some), len(logits)), 1.0 / len(logits))
-    found["uniform mixture"] = union.mixed(logits, equal, 1.0)
-    found["concatenated logits"] = union.concatenated(logits, 1.0)
+    first_logits = next(iter(logits.values()))
+    equal_weights = first_logits.new_full((len(first_logits), len(logits)), 1.0 / len(logits))
+    probabilities["uniform mixture"] = union.mix(logits, equal_weights, 1.0)
+    probabilities["concatenated logits"] = union.concatenate(logits, 1.0)
     if mc_probs is not None:
         certainties = torch.stack([certainty(mc_probs[name]) for name in logits], dim=1)
         for selection in ("soft", "hard"):
             config = UncertaintyConfig(selection=selection, sharpness=sharpness)
             weights = expert_weights(certainties, config)
-            found[f"MUKI, {selection}"] = union.mixed(logits, weights, 1.0)
-    return found
+            probabilities[f"MUKI, {selection}"] = union.mix(logits, weights, 1.0)
+    return probabilities
 
 
 def merge_scores(
@@ -64,23 +64,23 @@ def merge_scores(
     """
     union = LabelUnion.of(experts, labels)
     names = bare_names(union.names, [e.name for e in experts])
-    given = {e.name: torch.from_numpy(np.asarray(logits[e.name])).float() for e in experts}
+    expert_logits = {e.name: torch.from_numpy(np.asarray(logits[e.name])).float() for e in experts}
     means = None
     if mc_probs is not None:
         means = {e.name: torch.from_numpy(np.asarray(mc_probs[e.name])).float() for e in experts}
-    ways = merged_probabilities(union, given, means, sharpness)
+    ways = merged_probabilities(union, expert_logits, means, sharpness)
     return {way: scores_by_name(probs.numpy(), names, data) for way, probs in ways.items()}
 
 
 def scores_by_name(
-    values: np.ndarray, names: Sequence[str], data: TaskData, who: str = "the experts together"
+    values: np.ndarray, names: Sequence[str], data: TaskData, subject: str = "the experts together"
 ) -> dict[str, float]:
     """Return the scores of logits or probabilities [N,U] of labels ``names`` [U] on ``data``.
 
     Labels are matched by name; equal names are one label with the largest of their values. Raises
     InputError for a task with labels that nobody knows.
     """
-    data.check_known(names, who)
+    data.check_known(names, subject)
     classes = list(dict.fromkeys([*data.label_names, *names]))
     columns = [[place for place, n in enumerate(names) if n == label] for label in classes]
     merged = np.stack([values[:, places].max(axis=1) for places in columns], axis=1)

@@ -97,26 +97,26 @@ def score(
             value = metrics.accuracy_score(labels, predictions)
         elif metric == "f1":
             classes = num_classes or int(max(np.max(predictions), np.max(labels))) + 1
-            counted = [positive] if classes <= 2 else None
+            f1_labels = [positive] if classes <= 2 else None
             value = metrics.f1_score(
-                labels, predictions, labels=counted, average="macro", zero_division=0.0
+                labels, predictions, labels=f1_labels, average="macro", zero_division=0.0
             )
         elif metric == "matthews":
             value = metrics.matthews_corrcoef(labels, predictions)
         else:
             correlate = stats.pearsonr if metric == "pearson" else stats.spearmanr
-            wide = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
-            value = correlate(*wide).statistic if len(labels) > 1 else 0.0
+            doubles = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
+            value = correlate(*doubles).statistic if len(labels) > 1 else 0.0
     return float(value) if math.isfinite(value) else 0.0
 
 
 def _score_of_several(metric: str, predictions: np.ndarray, labels: np.ndarray) -> float:
     if metric == "subset_accuracy":
         return float((predictions == labels).all(axis=1).mean())
-    occur = predictions.any(axis=0) | labels.any(axis=0)
-    if not occur.any():
+    occurs = predictions.any(axis=0) | labels.any(axis=0)
+    if not occurs.any():
         return 0.0
-    pair = labels[:, occur], predictions[:, occur]
+    pair = labels[:, occurs], predictions[:, occurs]
     if pair[0].shape[1] == 1:  # to scikit-learn these would be two classes
         return float(metrics.f1_score(pair[0][:, 0], pair[1][:, 0], zero_division=0.0))
     average = metric.removeprefix("f1_")
@@ -139,7 +139,7 @@ def predictions_of(problem: str, logits: np.ndarray, threshold: float = 0.5) -> 
     return logits[:, 0] if logits.shape[1] == 1 else logits
 
 
-def named(data: TaskData, values: np.ndarray) -> list[object]:
+def as_file_labels(data: TaskData, values: np.ndarray) -> list[object]:
     """Return labels, or ``predictions_of``, as files have them, for each text: a class's name, the
     names of those that hold, one name per word (None: it was not read), or scores.
     """
@@ -147,7 +147,7 @@ def named(data: TaskData, values: np.ndarray) -> list[object]:
         return [*values.tolist()]
     names = np.array([*data.label_names, None], object)  # the last one stands for -1
     if data.problem == SEVERAL:
-        return [names[:-1][held].tolist() for held in values]
+        return [names[:-1][row].tolist() for row in values]
     return (
         [*data.by_text(names[values].tolist())] if data.problem == TAGS else names[values].tolist()
     )
@@ -162,27 +162,27 @@ def scores_of(
     ``names`` [C] are the labels of the columns, if not those of ``data`` in its order: they include
     all of these and perhaps more. Raises InputError as ``all_scores`` does.
     """
-    problem, known = data.problem, [*(names or data.label_names)]
-    places = np.array([known.index(name) for name in data.label_names], np.int64)
+    problem, known_names = data.problem, [*(names or data.label_names)]
+    columns = np.array([known_names.index(name) for name in data.label_names], np.int64)
     if data.groups is not None:
         check_finite(logits)
         return ranking_scores(logits[:, 0], data.labels, data.groups)
     if problem == "regression":
         return all_scores(problem, logits, data.labels)
     if problem == SEVERAL:
-        labels = np.zeros((len(data), len(known)), bool)
-        labels[:, places] = data.labels
+        labels = np.zeros((len(data), len(known_names)), bool)
+        labels[:, columns] = data.labels
         return all_scores(problem, logits, labels, threshold=data.threshold)
-    labels = places[data.labels]
+    labels = columns[data.labels]
     if problem == TAGS:
-        tags = np.array([*known, None], object)
+        tags = np.array([*known_names, None], object)
         predicted = predictions_of(problem, logits)
         scores = {"accuracy": float((predicted == labels).mean()) if len(labels) else 0.0}
         if tags_entities(data.label_names):
             each = (data.by_text(tags[one].tolist()) for one in (predicted, labels))
             scores = {"f1": entity_f1(*each)} | scores
         return scores
-    positive = None if data.positive is None else known.index(data.positive)
+    positive = None if data.positive is None else known_names.index(data.positive)
     return all_scores(problem, logits, labels, positive, data.outputs)
 
 
@@ -204,38 +204,38 @@ def all_scores(
     check_finite(logits)
     predictions = predictions_of(problem, logits, threshold)
     classes = task_classes or logits.shape[1]
-    known = [m for m in METRICS[problem] if m != "f1" or classes > 2 or positive is not None]
-    how = {"num_classes": classes, "positive": positive or 0}
-    return {metric: score(metric, predictions, labels, **how) for metric in known}
+    fitting = [m for m in METRICS[problem] if m != "f1" or classes > 2 or positive is not None]
+    options = {"num_classes": classes, "positive": positive or 0}
+    return {metric: score(metric, predictions, labels, **options) for metric in fitting}
 
 
-def tell_undefined(name: str, data: TaskData) -> None:
+def log_undefined_scores(name: str, data: TaskData) -> None:
     """Log which scores of a scored split are undefined, or which classes a mean is over."""
     if data.problem == "regression":
         outputs = data.labels.reshape(len(data), -1).T
         for number, scores in enumerate(outputs):
             if (scores == scores[0]).all():
-                which = f" number {number}" if len(outputs) > 1 else ""
-                written = "0 counts in the mean" if which else "0 is written"
+                output = f" number {number}" if len(outputs) > 1 else ""
+                consequence = "0 counts in the mean" if output else "0 is written"
                 logger.warning(
-                    f"every score{which} of {name} is {scores[0]:g}: a correlation is not defined, "
-                    f"{written}"
+                    f"every score{output} of {name} is {scores[0]:g}: a correlation is not "
+                    f"defined, {consequence}"
                 )
     if not data.label_names:
         return
-    counts, several = data.counts, data.problem == SEVERAL
-    occur = [label for label, count in counts.items() if count]
-    if data.problem == TAGS or len(occur) == len(counts):
+    counts, has_label_lists = data.counts, data.problem == SEVERAL
+    occurring = [label for label, count in counts.items() if count]
+    if data.problem == TAGS or len(occurring) == len(counts):
         return
-    if len(occur) == 1 and not several:
+    if len(occurring) == 1 and not has_label_lists:
         logger.warning(
-            f"every label of {name} is {occur[0]!r}: matthews is not defined, 0 is written"
+            f"every label of {name} is {occurring[0]!r}: matthews is not defined, 0 is written"
         )
-    if several or len(counts) > 2:
-        kind, metric = ("labels", "f1_macro") if several else ("classes", "f1")
+    if has_label_lists or len(counts) > 2:
+        kind, metric = ("labels", "f1_macro") if has_label_lists else ("classes", "f1")
         logger.info(
-            f"{name}: {len(occur)} of {len(counts)} {kind} have rows; {metric} is the mean over "
-            "these, and over those that are predicted without any (each counts 0)"
+            f"{name}: {len(occurring)} of {len(counts)} {kind} have rows; {metric} is the mean "
+            "over these, and over those that are predicted without any (each counts 0)"
         )
 
 

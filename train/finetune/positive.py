@@ -15,15 +15,15 @@ _POSITIVE: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def positive_class(names: Sequence[str], wanted: Raw | None) -> str | None:
-    """Return the class for F1: ``wanted``, or that of two which means yes.
+def positive_class(names: Sequence[str], requested: Raw | None) -> str | None:
+    """Return the class for F1: ``requested``, or that of two which means yes.
 
     1 beside 0 or −1, true, yes, positive and pos beside their opposites, x beside not_x; None if
-    neither means yes. Raises InputError for ``wanted`` outside the two classes.
+    neither means yes. Raises InputError for ``requested`` outside the two classes.
     """
-    if wanted is not None:
-        written = str(wanted).strip()
-        name = written if written in names else _read_name(wanted)
+    if requested is not None:
+        text = str(requested).strip()
+        name = text if text in names else _read_name(requested)
         if len(names) != 2 or name not in names:
             raise InputError(
                 f"positive is {name!r}, but the labels are "

@@ -53,20 +53,22 @@ class Answers:
         if self.problem == "regression":
             values = _numbers(logits)
             return {self.columns[0]: values[0] if len(self.names) == 1 else values}
-        many = np.atleast_2d(logits)
-        said = predictions_of(self.problem, many, self.threshold)
+        rows = np.atleast_2d(logits)
+        predictions = predictions_of(self.problem, rows, self.threshold)
         if self.problem == TAGS:
-            tags = [self.names[i] if i >= 0 else None for i in said]
-            likely = softmax(many.astype(np.float64), axis=1).max(axis=1, initial=-np.inf)
+            tags = [self.names[i] if i >= 0 else None for i in predictions]
+            likely = softmax(rows.astype(np.float64), axis=1).max(axis=1, initial=-np.inf)
             probs = [p if tag else None for p, tag in zip(_numbers(likely), tags, strict=True)]
             return {"tags": tags, "probabilities": probs}
         wide = logits.astype(np.float64)
-        probs_of = expit(wide) if self.problem == SEVERAL else softmax(wide)
-        each = dict(zip(self.names, _numbers(probs_of), strict=True))
+        probabilities = expit(wide) if self.problem == SEVERAL else softmax(wide)
+        by_name = dict(zip(self.names, _numbers(probabilities), strict=True))
         if self.problem == SEVERAL:
-            held = [name for name, holds in zip(self.names, said[0], strict=True) if holds]
-            return {"labels": held, "probabilities": each}
-        return {"label": self.names[int(said[0])], "probabilities": each}
+            held_names = [
+                name for name, holds in zip(self.names, predictions[0], strict=True) if holds
+            ]
+            return {"labels": held_names, "probabilities": by_name}
+        return {"label": self.names[int(predictions[0])], "probabilities": by_name}
 
 
 def _numbers(values: np.ndarray) -> list[float]:
@@ -74,31 +76,35 @@ def _numbers(values: np.ndarray) -> list[float]:
     return [float(str(value)) for value in values.astype(np.float32)]
 
 
-def labels_in(answer: Answer) -> list[str]:
+def labels_of(answer: Answer) -> list[str]:
     """Return the labels or tags of an answer; none for scores."""
     for name in ("label", "labels", "tags"):
         if name in answer:
-            said = answer[name]
-            return [said] if isinstance(said, str) else [one for one in said if one is not None]
+            labels = answer[name]
+            return (
+                [labels] if isinstance(labels, str) else [one for one in labels if one is not None]
+            )
     return []
 
 
-def answered(
+def add_answers(
     rows: Iterable[Row], answers: Iterable[Answer], path: str, first: int = 1
 ) -> Iterator[Row]:
     """Yield each row of ``path``, from number ``first`` on, with its answer; InputError if a name
     is taken twice.
     """
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True), start=first):
-        own = {f"{GIVEN}{name}" if name in answer else name: value for name, value in row.items()}
-        if len(own) < len(row):
-            twice = next(name for name in row if name in answer and f"{GIVEN}{name}" in row)
+        columns = {
+            f"{GIVEN}{name}" if name in answer else name: value for name, value in row.items()
+        }
+        if len(columns) < len(row):
+            repeated = next(name for name in row if name in answer and f"{GIVEN}{name}" in row)
             raise InputError(
-                f"{path}, row {number}: it has the columns {twice!r} and {GIVEN + twice!r}, and "
-                f"the first would be kept under the name of the second, for {twice} is the "
+                f"{path}, row {number}: it has the columns {repeated!r} and {GIVEN + repeated!r}, "
+                f"and the first would be kept under the name of the second, for {repeated} is the "
                 "model's answer; rename or remove one of them"
             )
-        yield own | answer
+        yield columns | answer
 
 
 def write_rows(rows: Iterable[Row], file: BinaryIO, ascii_only: bool = False) -> None:
@@ -147,10 +153,10 @@ def write_predictions(file: BinaryIO, data: TaskData, answers: Answers, logits: 
     Raises InputError if the file has changed since.
     """
     last = data.rows[-1] if data.rows is not None else len(data)
-    taken = np.zeros(last, bool)
-    taken[np.array(data.rows) - 1 if data.rows is not None else slice(None)] = True
-    rows = [*compress(read_rows(data.path), taken)]
+    is_read = np.zeros(last, bool)
+    is_read[np.array(data.rows) - 1 if data.rows is not None else slice(None)] = True
+    rows = [*compress(read_rows(data.path), is_read)]
     if len(rows) != len(data):
         raise InputError(f"{data.path} has fewer rows than when it was read")
-    said = map(answers.of, data.per_row(logits))
-    write_rows(answered(rows, said, data.path), file)
+    row_answers = map(answers.of, data.per_row(logits))
+    write_rows(add_answers(rows, row_answers, data.path), file)

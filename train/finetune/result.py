@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rekindle.data.errors import InputError
-from rekindle.train.finetune.best_epoch import told_end
+from rekindle.train.finetune.best_epoch import describe_end
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.metrics import printed_name
 from rekindle.train.finetune.task_data import TaskData
@@ -113,24 +113,25 @@ class FinetuneResult:
         return printed_name(self.metric, self.problem, len(self.label_names))
 
     @property
-    def kept(self) -> str | None:
+    def kept_model(self) -> str | None:
         """Return which seed's and epoch's model is kept, and why it ended; None if none was
         trained.
         """
-        one = next(one for one in self.per_seed if one.seed == self.best_seed)
-        if one.kept_epoch is None or one.planned_epochs is None:
+        result = next(result for result in self.per_seed if result.seed == self.best_seed)
+        if result.kept_epoch is None or result.planned_epochs is None:
             return None
-        how = (one.planned_epochs, one.stopped, self.config["patience"] is not None)
-        told = told_end(one.kept_epoch, len(one.epochs), *how)
-        return f"seed {one.seed}, {told}" if len(self.per_seed) > 1 else told
+        details = (result.planned_epochs, result.stopped, self.config["patience"] is not None)
+        summary = describe_end(result.kept_epoch, len(result.epochs), *details)
+        return f"seed {result.seed}, {summary}" if len(self.per_seed) > 1 else summary
 
-    def told_scores(self) -> dict[str, float]:
+    def mean_scores(self) -> dict[str, float]:
         """Return the means over the seeds, by their names."""
         seeds = len(self.per_seed)
-        of = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
-        dev = {f"dev {self.shown_metric}, {of}": self.mean}
-        test = {} if self.test_mean is None else {f"test {self.shown_metric}, {of}": self.test_mean}
-        return dev | test
+        seeds_text = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+        means = {f"dev {self.shown_metric}, {seeds_text}": self.mean}
+        if self.test_mean is not None:
+            means[f"test {self.shown_metric}, {seeds_text}"] = self.test_mean
+        return means
 
     def as_dict(self) -> dict[str, object]:
         """Return the result as plain values for JSON."""

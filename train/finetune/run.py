@@ -25,29 +25,34 @@ from rekindle.train.export.expert_card import expert_card
 from rekindle.train.export.start import check_head, distilled_model
 from rekindle.train.finetune.best_epoch import DONE, MAX_STEPS, PATIENCE, BestEpoch
 from rekindle.train.finetune.classifier import (
-    answers,
     classifier_config,
+    classifier_logits,
     load_classifier,
     padded_tokenizer,
-    places_of,
     predict,
+    word_places,
 )
 from rekindle.train.finetune.config import FinetuneConfig, less_memory
-from rekindle.train.finetune.constant import weak_beside
-from rekindle.train.finetune.encoded import EncodedTexts, collate, encode, tell_cut
+from rekindle.train.finetune.constant import find_weakness
+from rekindle.train.finetune.encoded import EncodedTexts, collate, encode, log_cut_texts
 from rekindle.train.finetune.loss import loss_of
-from rekindle.train.finetune.metrics import chosen_metric, printed_name, scores_of, tell_undefined
+from rekindle.train.finetune.metrics import (
+    chosen_metric,
+    log_undefined_scores,
+    printed_name,
+    scores_of,
+)
 from rekindle.train.finetune.predictions import Answers, write_predictions
+from rekindle.train.finetune.progress import Report, SeedProgress
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out, seed_folder
-from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
+from rekindle.train.finetune.seeds import FinishedSeeds, describe_tuning
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.finetune.told import Report, SeedProgress
 from rekindle.train.model.files import place
 from rekindle.train.model.sight import padding_influence
 from rekindle.train.optimizer import adamw
 from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.precision import autocast, bf16_saves, warn_of_slow_precision
-from rekindle.train.ranking.groups import batches_of_groups, taught_rows, tell_large
+from rekindle.train.ranking.groups import batches_of_groups, taught_rows, warn_large_groups
 from rekindle.train.record.working_copy import shown_folder
 from rekindle.train.running_out import report_shortage
 
@@ -75,7 +80,7 @@ class _Job:
     rows: np.ndarray | None = None  # for documents in groups: the train rows to teach
 
     @property
-    def taught(self) -> int:
+    def train_count(self) -> int:
         """Return how many rows an epoch trains on."""
         return len(self.data["train"]) if self.rows is None else len(self.rows)
 
@@ -137,42 +142,48 @@ def finetune(
     metric = chosen_metric(metric, data["train"])
     check_head(model, config.head, data["train"])
     for name, split in data.items():
-        logger.info("%s: %s", name, split.described())
+        logger.info("%s: %s", name, split.describe())
         if name != "train":
-            tell_undefined(files[name], split)
-    home = Path(out).resolve()
+            log_undefined_scores(files[name], split)
+    out_folder = Path(out).resolve()
     planned = range(first_seed, first_seed + step * seeds, step)
-    seeds_done = FinishedSeeds(home, planned, metric, every=keep_every)
-    settings, where = {"metric": metric} | config.model_dump(mode="json"), place(config.precision)
+    seeds_done = FinishedSeeds(out_folder, planned, metric, keep_every=keep_every)
+    settings = {"metric": metric} | config.model_dump(mode="json")
+    placement = place(config.precision)
     with quiet_transformers():
-        about = what_is_tuned(model, files, settings, where)
-    bf16 = bf16_saves(where.precision, where.device.partition(":")[0])
-    enough = report_shortage(Path(out), seeds_done.kept, less_memory(config, bf16))
-    with enough, seeds_done.held(about), quiet_transformers(), SeedProgress(report) as progress:
+        identity = describe_tuning(model, files, settings, placement)
+    bf16 = bf16_saves(placement.precision, placement.device.partition(":")[0])
+    memory_guard = report_shortage(Path(out), seeds_done.describe_kept, less_memory(config, bf16))
+    with (
+        memory_guard,
+        seeds_done.lock(identity),
+        quiet_transformers(),
+        SeedProgress(report) as progress,
+    ):
         started = time.perf_counter()
         job = _prepare(model, data, metric, config)
         seconds = time.perf_counter() - started
         for seed in seeds_done.missing():
-            network, found, dev_logits = _run_seed(job, seed, progress)
-            seeds_done.add(found, functools.partial(_save_model, network, job, dev_logits))
+            network, result, dev_logits = _run_seed(job, seed, progress)
+            seeds_done.add(result, functools.partial(_save_model, network, job, dev_logits))
             del network
         unread = {n: texts.unread for n, texts in job.encoded.items() if texts.words is not None}
 
         def result_of(ones: Sequence[SeedResult]) -> FinetuneResult:
-            took = (config, job.precision, seconds + sum(one.seconds for one in ones))
-            about = (model, files, data, metric, ones, *took)
-            return FinetuneResult.of(*about, cut=job.cut, unread=unread)
+            in_all = seconds + sum(one.seconds for one in ones)
+            facts = (model, files, data, metric, ones, config, job.precision, in_all)
+            return FinetuneResult.of(*facts, cut=job.cut, unread=unread)
 
         def describe(folder: Path, ones: Sequence[SeedResult]) -> None:
-            found = result_of(ones)
-            found.save(folder)
-            whole = len(ones) == len(seeds_done.results)
-            where = Path(out) if whole else seed_folder(Path(out), ones[0].seed)
-            about = (model, found.problem, found.label_names, found.told_scores())
-            card = expert_card(shown_folder(where), *about)
+            result = result_of(ones)
+            result.save(folder)
+            is_best = len(ones) == len(seeds_done.results)
+            final = Path(out) if is_best else seed_folder(Path(out), ones[0].seed)
+            facts = (model, result.problem, result.label_names, result.mean_scores())
+            card = expert_card(shown_folder(final), *facts)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
-        seeds_done.publish(home, describe, force)
+        seeds_done.publish(out_folder, describe, force)
     return result_of(seeds_done.results)
 
 
@@ -188,11 +199,12 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
         name: encode(tokenizer, limits, split, config.max_length) for name, split in data.items()
     }
     device = torch.device(placement.device)
-    cut, precision, train = tell_cut(encoded, taught="train"), placement.precision, data["train"]
+    cut = log_cut_texts(encoded, trained_split="train")
+    precision, train = placement.precision, data["train"]
     rows = None
     if train.groups is not None:
         rows = taught_rows(train.groups, train.labels, config.loss == "pointwise")
-        tell_large(train.groups[rows], config.batch_size)
+        warn_large_groups(train.groups[rows], config.batch_size)
     return _Job(model, config, tokenizer, data, encoded, cut, metric, device, precision, rows)
 
 
@@ -206,7 +218,7 @@ def _run_seed(
     started = time.perf_counter()
     config, data, encoded = job.config, job.data, job.encoded
 
-    def judged(split: str) -> tuple[dict[str, float], np.ndarray]:
+    def score_split(split: str) -> tuple[dict[str, float], np.ndarray]:
         logits = predict(model, encoded[split], config.batch_size)
         return scores_of(data[split], logits), logits
 
@@ -215,11 +227,11 @@ def _run_seed(
         model = _start(job).to(job.device)
         rates = (config.learning_rate, config.weight_decay, config.betas, config.eps)
         optimizer = adamw(model.parameters(), *rates)
-        planned = config.epochs_of(job.taught)
-        whole = None
+        planned = config.epochs_of(job.train_count)
+        batch_count = None
         if job.rows is not None:
-            whole = sum(len(job.batches(seed, epoch)) for epoch in range(planned))
-        total, warmup = plan_steps(job.taught, config, whole)
+            batch_count = sum(len(job.batches(seed, epoch)) for epoch in range(planned))
+        total, warmup = plan_steps(job.train_count, config, batch_count)
         best = BestEpoch(config.patience_of(planned))
         bar = progress.add_task(f"seed {seed}", total=total)
         step, stopped, epochs = 0, DONE, []
@@ -232,9 +244,9 @@ def _run_seed(
                     factor = learning_rate_factor(step, total, warmup, config.schedule)
                     group["lr"] = config.learning_rate * factor
                 inputs = collate(encoded["train"], rows, job.device)
-                places = places_of(encoded["train"], rows, inputs)
+                places = word_places(encoded["train"], rows, inputs)
                 with autocast(job.precision, job.device):
-                    logits = answers(model, inputs, places)
+                    logits = classifier_logits(model, inputs, places)
                 loss = loss_of(logits.float(), data["train"], encoded["train"], rows, config)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -244,32 +256,32 @@ def _run_seed(
                 step += 1
                 if step % LOSS_EVERY == 0 or number == len(batches):
                     mean_loss = _finite(loss_sum.item() / number, seed, step)
-                    told = f"seed {seed}  epoch {epoch + 1}/{planned}  loss {mean_loss:.4f}"
-                    progress.step(bar, step, told)
-            scores, dev_logits = judged("dev")
+                    line = f"seed {seed}  epoch {epoch + 1}/{planned}  loss {mean_loss:.4f}"
+                    progress.step(bar, step, line)
+            scores, dev_logits = score_split("dev")
             epochs.append({"epoch": epoch + 1, "steps": step, "loss": mean_loss, "scores": scores})
-            progress.tell(f"{told}  dev {job.shown_metric} {scores[job.metric]:.4f}")
-            best.look(job.metric, scores, dev_logits, model)
+            progress.tell(f"{line}  dev {job.shown_metric} {scores[job.metric]:.4f}")
+            best.update(job.metric, scores, dev_logits, model)
             if step == total or best.ran_out:
-                short = PATIENCE if best.ran_out and step < total else MAX_STEPS
-                stopped = DONE if epoch + 1 == planned else short
+                early_reason = PATIENCE if best.ran_out and step < total else MAX_STEPS
+                stopped = DONE if epoch + 1 == planned else early_reason
                 break
         best.restore(model)
-        test_scores = judged("test")[0] if "test" in data else None
+        test_scores = score_split("test")[0] if "test" in data else None
         progress.remove_task(bar)
     seconds = time.perf_counter() - started
-    ended = (best.epoch, planned, stopped, _warning(job, seed, best))
-    return model, SeedResult(seed, best.scores, test_scores, epochs, seconds, *ended), best.logits
+    ending = (best.epoch, planned, stopped, _warning(job, seed, best))
+    return model, SeedResult(seed, best.scores, test_scores, epochs, seconds, *ending), best.logits
 
 
 def _warning(job: _Job, seed: int, best: BestEpoch) -> str | None:
     """Return, and log, the warning about a seed that has learned little or nothing."""
-    weak = weak_beside(job.metric, best.scores[job.metric], best.logits, job.data["dev"])
+    weak = find_weakness(job.metric, best.scores[job.metric], best.logits, job.data["dev"])
     if weak is None:
         return None
-    found = f"{job.shown_metric} {best.scores[job.metric]:.4f}"
+    score_text = f"{job.shown_metric} {best.scores[job.metric]:.4f}"
     line = (
-        f"warning: seed {seed}: {found} on dev {weak}. Try another learning_rate first (now "
+        f"warning: seed {seed}: {score_text} on dev {weak}. Try another learning_rate first (now "
         f"{job.config.learning_rate:g}), then train longer ({_longer(job, best)}); or check that "
         "the labels fit the texts"
     )
@@ -279,12 +291,12 @@ def _warning(job: _Job, seed: int, best: BestEpoch) -> str | None:
 
 def _longer(job: _Job, best: BestEpoch) -> str:
     """Return the settings for a longer training of a seed, as they are typed."""
-    config, rows = job.config, job.taught
-    endless = config.model_copy(update={"max_steps": None})
+    config, rows = job.config, job.train_count
+    without_limit = config.model_copy(update={"max_steps": None})
     settings = ["patience=null"] if best.ran_out else []
-    if plan_steps(rows, config) == plan_steps(rows, endless):
-        usual = config.model_copy(update={"epochs": "auto"})
-        epochs = max(2 * config.epochs_of(rows), usual.epochs_of(rows))
+    if plan_steps(rows, config) == plan_steps(rows, without_limit):
+        automatic = config.model_copy(update={"epochs": "auto"})
+        epochs = max(2 * config.epochs_of(rows), automatic.epochs_of(rows))
         settings = [f"epochs={epochs}", "patience=null"]
     settings += ["max_steps=null"] if config.max_steps else []
     return " ".join(f"--set {one}" for one in settings)

@@ -15,20 +15,20 @@ import numpy as np
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.train.finetune.config import TaskSettings, check_loss
-from rekindle.train.finetune.entities import complete, tags_entities
+from rekindle.train.finetune.entities import complete_tags, tags_entities
 from rekindle.train.finetune.label_lists import (
     SEVERAL,
     TAGS,
     Lists,
-    are_several,
+    check_label_lists,
     check_settings,
-    check_several,
     check_tags,
-    named_rows,
+    has_label_lists,
+    parse_labels,
+    parse_words,
     read_lists,
     refuse_joined,
-    several_in,
-    words_in,
+    resolve_numbers,
 )
 from rekindle.train.finetune.labels import (
     SHOWN,
@@ -38,21 +38,21 @@ from rekindle.train.finetune.labels import (
     check_scores,
     class_indices,
     dropped_names,
-    in_order,
-    kept_rows,
     meaning_of,
-    read_alike,
+    read_labels,
     refuse_doubtful,
+    sort_names,
+    unify_labels,
 )
 from rekindle.train.finetune.positive import positive_class
-from rekindle.train.finetune.task_files import TaskFile, read_file
+from rekindle.train.finetune.task_files import TaskFile, check_same_form, read_file
 from rekindle.train.ranking.groups import (
-    Grouped,
+    GroupedFile,
+    check_groups_unsplit,
     check_order,
+    describe_groups,
     grades_of,
-    numbered,
-    refuse_split,
-    told_groups,
+    number_names,
 )
 from rekindle.train.ranking.kinds import RANKING
 
@@ -139,8 +139,8 @@ class TaskData:
     def part(self, begin: int, end: int) -> "TaskData":
         """Return the texts of some rows, without labels."""
         pairs, words = self.pairs and self.pairs[begin:end], self.words and self.words[begin:end]
-        texts, nothing = self.texts[begin:end], self.labels[:0]
-        return TaskData(texts, pairs, nothing, self.label_names, words=words)
+        texts, no_labels = self.texts[begin:end], self.labels[:0]
+        return TaskData(texts, pairs, no_labels, self.label_names, words=words)
 
     def per_row(self, logits: np.ndarray) -> list[np.ndarray]:
         """Split logits by text: [N,C] -> N of [C]; for words [W,C] -> N of [T,C]."""
@@ -148,53 +148,60 @@ class TaskData:
             return [*logits]
         return np.split(logits, self.ends[:-1])
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """Return a line on how it was understood."""
         rows = counted(len(self), "row")
         if self.dropped:
-            gone = (f"{number:,} of {name!r}" for name, number in self.dropped.items())
-            rows += f" ({', '.join(gone)} left out)"
-        if empty := sum(not text.strip() for text in self._whole()):
+            dropped = (f"{number:,} of {name!r}" for name, number in self.dropped.items())
+            rows += f" ({', '.join(dropped)} left out)"
+        if empty := sum(not text.strip() for text in self._joined_texts()):
             rows += f", {empty:,} of them without text"
         if self.groups is not None:
-            return f"ranking: {rows} {told_groups(self.groups, self.labels)}"
+            return f"ranking: {rows} {describe_groups(self.groups, self.labels)}"
         if not self.label_names:
-            several = f"{self.outputs} scores each, " if self.outputs > 1 else ""
-            span = f"{several}{self.labels.min():.4g} to {self.labels.max():.4g}"
-            return f"regression: {rows}, {span}"
-        each = [f"{name} {count:,}" for name, count in self.counts.items()]
-        shown = ", ".join(each[:SHOWN]) + (" …" if len(each) > SHOWN else "")
+            each_text = f"{self.outputs} scores each, " if self.outputs > 1 else ""
+            range_text = f"{each_text}{self.labels.min():.4g} to {self.labels.max():.4g}"
+            return f"regression: {rows}, {range_text}"
+        classes = [f"{name} {count:,}" for name, count in self.counts.items()]
+        shown = ", ".join(classes[:SHOWN]) + (" …" if len(classes) > SHOWN else "")
         if self.problem == SEVERAL:
-            return f"multi-label classification: {rows}, {len(each)} labels: {shown}; {self._mean}"
+            return (
+                f"multi-label classification: {rows}, {len(classes)} labels: {shown}; {self._mean}"
+            )
         if self.problem == TAGS:
-            scored = "F1 is of whole entities" if tags_entities(self.label_names) else _ONE_EACH
+            f1_text = "F1 is of whole entities" if tags_entities(self.label_names) else _ONE_EACH
             words = counted(len(self.labels), "word")
-            return f"token classification: {rows}, {words}, {len(each)} tags: {shown}; {scored}"
-        told = f"classification: {rows}, {len(each)} classes: {shown}"
-        if len(each) != 2:
-            return told
-        named = f"F1 is that of {self.positive!r}" if self.positive is not None else _NO_F1
-        return f"{told}; {named}"
+            return f"token classification: {rows}, {words}, {len(classes)} tags: {shown}; {f1_text}"
+        summary = f"classification: {rows}, {len(classes)} classes: {shown}"
+        if len(classes) != 2:
+            return summary
+        f1_text = f"F1 is that of {self.positive!r}" if self.positive is not None else _NO_F1
+        return f"{summary}; {f1_text}"
 
     @property
     def _mean(self) -> str:
         """Return how many labels hold, in the words of a message."""
-        many = self.labels.sum(axis=1)
-        none = f", none in {counted(int((many == 0).sum()), 'row')}" if not many.all() else ""
-        return f"{many.mean():.2f} a row on average{none}; F1 is at probability {self.threshold}"
+        label_counts = self.labels.sum(axis=1)
+        summary = f"{label_counts.mean():.2f} a row on average"
+        if not label_counts.all():
+            summary += f", none in {counted(int((label_counts == 0).sum()), 'row')}"
+        return f"{summary}; F1 is at probability {self.threshold}"
 
-    def _whole(self) -> Iterator[str]:
+    def _joined_texts(self) -> Iterator[str]:
         return map(" ".join, zip(self.texts, self.pairs or self.texts, strict=True))
 
-    def check_known(self, names: Sequence[str], who: str) -> None:
-        """Raise InputError for scores, and for labels outside the ``names`` that ``who`` knows."""
+    def check_known(self, names: Sequence[str], subject: str) -> None:
+        """Raise InputError for scores, and for labels outside the ``names`` that are known."""
         unknown = [name for name in self.label_names if name not in names]
         if unknown or not self.label_names:
-            wrong = f"the labels {', '.join(unknown[:5])}" if unknown else "scores, not classes"
-            other = "" if unknown else ", or a model that was fine-tuned on scores"
+            labels_text = (
+                f"the labels {', '.join(unknown[:5])}" if unknown else "scores, not classes"
+            )
+            alternative = "" if unknown else ", or a model that was fine-tuned on scores"
             raise InputError(
-                f"the task has {wrong}; {who} know {', '.join(list(dict.fromkeys(names))[:20])}: "
-                f"give a task whose labels they know{other}"
+                f"the task has {labels_text}; {subject} know "
+                f"{', '.join(list(dict.fromkeys(names))[:20])}: give a task whose labels they "
+                f"know{alternative}"
             )
 
 
@@ -218,51 +225,51 @@ def read_task(
     """
     check_settings(settings)
     files = [read_file(path, settings) for path in (train_path, *others)]
-    _check_pairs(files)
+    check_same_form(files)
     check_loss(settings, train_path, ranks=files[0].groups is not None)
     if files[0].groups is not None:
         return _read_ranked(files, settings)
-    if files[0].words is not None or are_several(train_path, files[0].labels, settings):
+    if files[0].words is not None or has_label_lists(train_path, files[0].labels, settings):
         return _read_lists(files, settings)
     as_written = settings.problem == "classification"
     dropped = dropped_names(settings.drop_labels, as_written)
     if settings.problem is None:
         refuse_joined([(file.path, file.labels) for file in files], dropped)
-    found = [kept_rows(file.path, file.labels, dropped, as_written) for file in files]
-    for rows, gone in found:
+    read_files = [read_labels(file.path, file.labels, dropped, as_written) for file in files]
+    for rows, left_out in read_files:
         if not rows.labels:
-            raise InputError(f"{rows.path}: drop_labels leaves none of its {gone.total()} rows")
-    check_dropped(dropped, found)
-    splits = read_alike([rows for rows, _ in found], as_written)
+            raise InputError(f"{rows.path}: drop_labels leaves none of its {left_out.total()} rows")
+    check_dropped(dropped, read_files)
+    splits = unify_labels([rows for rows, _ in read_files], as_written)
     if settings.label_names:
-        splits = [named_rows(rows, settings.label_names) for rows in splits]
+        splits = [resolve_numbers(rows, settings.label_names) for rows in splits]
     meaning = meaning_of(splits[0], settings.problem)
     if settings.label_names:
         meaning = replace(meaning, names=settings.label_names)
     positive = positive_class(meaning.names, settings.positive)
     return tuple(
-        _split(file, rows, gone, meaning, positive, train_path)
-        for file, rows, (_, gone) in zip(files, splits, found, strict=True)
+        _split(file, rows, left_out, meaning, positive, train_path)
+        for file, rows, (_, left_out) in zip(files, splits, read_files, strict=True)
     )
 
 
 def _read_ranked(files: Sequence[TaskFile], settings: TaskSettings) -> tuple[TaskData, ...]:
     """Return the splits of a task whose documents are in groups."""
     dropped = dropped_names(settings.drop_labels, as_written=False)
-    found = [kept_rows(file.path, file.labels, dropped, as_written=False) for file in files]
-    check_dropped(dropped, found)
-    splits = read_alike([rows for rows, _ in found], as_written=False)
-    each = [
-        ranked(file, rows, gone, settings)
-        for file, rows, (_, gone) in zip(files, splits, found, strict=True)
+    read_files = [read_labels(file.path, file.labels, dropped, as_written=False) for file in files]
+    check_dropped(dropped, read_files)
+    splits = unify_labels([rows for rows, _ in read_files], as_written=False)
+    splits_in_groups = [
+        ranked(file, rows, left_out, settings)
+        for file, rows, (_, left_out) in zip(files, splits, read_files, strict=True)
     ]
-    refuse_split([grouped for _, grouped in each])
-    return tuple(data for data, _ in each)
+    check_groups_unsplit([grouped for _, grouped in splits_in_groups])
+    return tuple(data for data, _ in splits_in_groups)
 
 
 def ranked(
-    file: TaskFile, rows: Rows, gone: Counter[str], settings: TaskSettings
-) -> tuple[TaskData, Grouped]:
+    file: TaskFile, rows: Rows, dropped: Counter[str], settings: TaskSettings
+) -> tuple[TaskData, GroupedFile]:
     """Return the documents of a file with their grades. Raises InputError, naming the row, for a
     label that is not a grade, and if all orders are equally good.
     """
@@ -270,15 +277,15 @@ def ranked(
         key = "label_names" if settings.label_names else "positive"
         raise InputError(f"{key} is for classes, but a ranking has grades: leave it out")
     if not rows.labels:
-        raise InputError(f"{file.path}: drop_labels leaves none of its {gone.total()} rows")
+        raise InputError(f"{file.path}: drop_labels leaves none of its {dropped.total()} rows")
     assert file.groups is not None
     grades = grades_of(file.path, rows.labels, rows.numbers)
     names = [file.groups[number - 1] for number in rows.numbers]
     queries = [file.texts[number - 1] for number in rows.numbers]
-    grouped = Grouped(file.path, names, queries, rows.numbers, file.named)
+    grouped = GroupedFile(file.path, names, queries, rows.numbers, file.has_group_names)
     check_order(grouped, grades)
-    data = split_of(file, rows.numbers, gone, grades, ())
-    return replace(data, groups=numbered(names), group_names=names), grouped
+    data = split_of(file, rows.numbers, dropped, grades, ())
+    return replace(data, groups=number_names(names), group_names=names), grouped
 
 
 def _read_lists(files: Sequence[TaskFile], settings: TaskSettings) -> tuple[TaskData, ...]:
@@ -291,40 +298,47 @@ def _read_lists(files: Sequence[TaskFile], settings: TaskSettings) -> tuple[Task
         )
     separator, names = settings.label_separator, settings.label_names
     dropped = dropped_names(settings.drop_labels, as_written=True)
-    read = words_in if problem == TAGS else partial(several_in, separator=separator)
-    found = [read_lists(file.path, file.labels, read, dropped, names) for file in files]
-    for lists, gone in found:
+    parse = parse_words if problem == TAGS else partial(parse_labels, separator=separator)
+    read_files = [read_lists(file.path, file.labels, parse, dropped, names) for file in files]
+    for lists, left_out in read_files:
         if not lists.numbers:
             raise InputError(
-                f"{lists.each.path}: drop_labels leaves none of its {gone.total()} rows"
+                f"{lists.each.path}: drop_labels leaves none of its {left_out.total()} rows"
             )
-    check_dropped(dropped, [(lists.each, gone) for lists, gone in found])
-    for file, (lists, _) in zip(files, found, strict=True):
+    check_dropped(dropped, [(lists.each, left_out) for lists, left_out in read_files])
+    for file, (lists, _) in zip(files, read_files, strict=True):
         if file.words is None:
-            check_several(lists, train=file is files[0])
+            check_label_lists(lists, train=file is files[0])
         else:
             check_tags(lists, file.words, settings)
-    train = found[0][0].each
+    train = read_files[0][0].each
     if settings.problem is None:
         refuse_doubtful(train, problem)
     names_in_train = {one.name for one in train.labels}
-    known = names or in_order(complete(names_in_train) if problem == TAGS else names_in_train)
-    if len(known) < (2 if problem == TAGS else 1):
-        what = f"every tag is {known[0]!r}" if known else "no row has a label"
-        raise InputError(f"{train_path}: {what}; train needs rows of every label to learn")
-    where = "label_names" if names else train_path
+    class_names = names or sort_names(
+        complete_tags(names_in_train) if problem == TAGS else names_in_train
+    )
+    if len(class_names) < (2 if problem == TAGS else 1):
+        problem_text = f"every tag is {class_names[0]!r}" if class_names else "no row has a label"
+        raise InputError(f"{train_path}: {problem_text}; train needs rows of every label to learn")
+    names_source = "label_names" if names else train_path
     return tuple(
         split_of_lists(
-            file, lists, gone, known, class_indices(lists.each, known, where), settings.threshold
+            file,
+            lists,
+            left_out,
+            class_names,
+            class_indices(lists.each, class_names, names_source),
+            settings.threshold,
         )
-        for file, (lists, gone) in zip(files, found, strict=True)
+        for file, (lists, left_out) in zip(files, read_files, strict=True)
     )
 
 
 def split_of_lists(
     file: TaskFile,
     lists: Lists,
-    gone: Counter[str],
+    dropped: Counter[str],
     names: tuple[str, ...],
     numbers: Sequence[int],
     threshold: float,
@@ -334,16 +348,16 @@ def split_of_lists(
     """
     labels = np.array(numbers, dtype=np.int64)
     if file.words is None:
-        held = np.zeros((len(lists.numbers), len(names)), bool)
-        held[np.repeat(np.arange(len(held)), lists.lengths), labels] = True
-        labels = held
-    return split_of(file, lists.numbers, gone, labels, names, threshold=threshold)
+        holds = np.zeros((len(lists.numbers), len(names)), bool)
+        holds[np.repeat(np.arange(len(holds)), lists.lengths), labels] = True
+        labels = holds
+    return split_of(file, lists.numbers, dropped, labels, names, threshold=threshold)
 
 
 def _split(
     file: TaskFile,
     rows: Rows,
-    gone: Counter[str],
+    dropped: Counter[str],
     meaning: Meaning,
     positive: str | None,
     train_path: str,
@@ -353,45 +367,23 @@ def _split(
     else:
         check_scores(rows, meaning.outputs)
         labels = np.array([label.value for label in rows.labels], dtype=np.float32)
-    return split_of(file, rows.numbers, gone, labels, meaning.names, positive)
+    return split_of(file, rows.numbers, dropped, labels, meaning.names, positive)
 
 
 def split_of(
     file: TaskFile,
     rows: Sequence[int],
-    gone: Counter[str],
+    dropped: Counter[str],
     labels: np.ndarray,
     names: tuple[str, ...],
     positive: str | None = None,
     threshold: float = 0.5,
 ) -> TaskData:
-    """Return the ``rows`` of a file, counted from 1 and without those ``gone``, with ``labels``."""
+    """Return the ``rows`` of a file, counted from 1, with their ``labels``; ``dropped``: how many
+    rows are left out, by label.
+    """
     texts = [file.texts[number - 1] for number in rows]
     pairs = file.pairs and [file.pairs[number - 1] for number in rows]
     words = file.words and [file.words[number - 1] for number in rows]
-    about = (positive, rows, dict(gone), words, threshold, file.path)
-    return TaskData(texts, pairs, labels, names, *about)
-
-
-def _check_pairs(files: Sequence[TaskFile]) -> None:
-    train = files[0]
-    for other in files[1:]:
-        if (train.words is None) != (other.words is None):
-            has, lacks = (train, other) if other.words is None else (other, train)
-            raise InputError(
-                f"{has.path} has tokens but {lacks.path} has texts; the splits of one task are "
-                "all of one kind: name their fields with --text-field and --label-field"
-            )
-        if (train.groups is None) != (other.groups is None):
-            has, lacks = (train, other) if other.groups is None else (other, train)
-            raise InputError(
-                f"{has.path} has queries and documents but {lacks.path} has not; the splits of "
-                "one "
-                "task are all rankings or none is: name their fields, or say --set problem=ranking"
-            )
-        if (train.pairs is None) != (other.pairs is None):
-            has, lacks = (train, other) if other.pairs is None else (other, train)
-            raise InputError(
-                f"{has.path} has sentence2 (or a second text field) but {lacks.path} has not; the "
-                "splits of one task are all pairs or all single texts: add it or remove it"
-            )
+    details = (positive, rows, dict(dropped), words, threshold, file.path)
+    return TaskData(texts, pairs, labels, names, *details)

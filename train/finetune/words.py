@@ -31,19 +31,19 @@ def encode_words(
     """Tokenize texts that are lists of words, each cut to ``max_length`` tokens."""
     prefix, suffix = tokenizer.prefix, tokenizer.suffix
     room = max_length - len(prefix) - len(suffix)
-    each = EncodedWords([], [], np.zeros(len(texts), np.int64), 0, 0)
+    encoded = EncodedWords([], [], np.zeros(len(texts), np.int64), 0, 0)
     cut = empty = 0
-    for row, found in enumerate(tokenizer.encode([" ".join(words) for words in texts])):
+    for row, tokens in enumerate(tokenizer.encode([" ".join(words) for words in texts])):
         characters = first_characters(texts[row])
-        whole = found.tokens_at(characters, len(found.ids))
-        read = found.tokens_at(characters, room)
-        whole[characters < 0] = read[characters < 0] = -1
-        cut += int((whole != read).sum())
-        empty += int((whole < 0).sum())
-        each.ids.append(np.concatenate([prefix, found.ids[:room], suffix]).astype(np.int32))
-        each.places.append(np.where(read < 0, -1, read + len(prefix)))
-        each.lengths[row] = len(found.ids) + len(prefix) + len(suffix)
-    return each._replace(cut=cut, empty=empty)
+        all_places = tokens.tokens_at(characters, len(tokens.ids))
+        kept_places = tokens.tokens_at(characters, room)
+        all_places[characters < 0] = kept_places[characters < 0] = -1
+        cut += int((all_places != kept_places).sum())
+        empty += int((all_places < 0).sum())
+        encoded.ids.append(np.concatenate([prefix, tokens.ids[:room], suffix]).astype(np.int32))
+        encoded.places.append(np.where(kept_places < 0, -1, kept_places + len(prefix)))
+        encoded.lengths[row] = len(tokens.ids) + len(prefix) + len(suffix)
+    return encoded._replace(cut=cut, empty=empty)
 
 
 def first_characters(words: Sequence[str]) -> NDArray[np.int64]:

@@ -57,41 +57,43 @@ class Family:
 
     types: tuple[str, ...]  # config.model_type
     layer: str  # a regular expression of a layer's prefix, which its number follows
-    inside: dict[str, Role]  # by a regular expression of a module's name within a layer
-    outside: dict[str, Role]
+    layer_roles: dict[str, Role]  # by a regular expression of a module's name within a layer
+    other_roles: dict[str, Role]
     eps: str  # its key in the configuration
     rms: bool = False
     # Post-LN: the norm after attention, and the one at a layer's end, which makes the layer's
     # output.
     norms_after: tuple[str, str] | None = None
     # Settings that must have these values; others would need too many changes.
-    needs: dict[str, object] = field(default_factory=dict)
+    required_settings: dict[str, object] = field(default_factory=dict)
 
-    def place(self, name: str) -> tuple[int | None, str]:
+    def split_name(self, name: str) -> tuple[int | None, str]:
         """Return the layer number of the parameter ``name``, if any, and its name within
         the layer.
         """
-        found = re.match(rf"{self.layer}(\d+)\.", name)
-        return (int(found.group(1)), name[found.end() :]) if found else (None, name)
+        match = re.match(rf"{self.layer}(\d+)\.", name)
+        return (int(match.group(1)), name[match.end() :]) if match else (None, name)
 
     def role(self, name: str) -> Role | None:
         """Return the role of the parameter ``name``; None if unknown."""
-        number, rest = self.place(name.rpartition(".")[0])
-        known = self.outside if number is None else self.inside
-        return next((role for form, role in known.items() if re.fullmatch(form, rest)), None)
+        number, inner_name = self.split_name(name.rpartition(".")[0])
+        roles = self.other_roles if number is None else self.layer_roles
+        return next(
+            (role for pattern, role in roles.items() if re.fullmatch(pattern, inner_name)), None
+        )
 
 
 BERT = Family(
     types=("bert", "roberta"),
     layer=r"(?:bert|roberta)\.encoder\.layer\.",
-    inside={
+    layer_roles={
         r"attention\.self\.(query|key|value)": Linear("heads", "hidden"),
         r"attention\.output\.dense": Linear("hidden", "heads"),
         r"intermediate\.dense": Linear("ffn", "hidden"),
         r"output\.dense": Linear("hidden", "ffn"),
         r"(attention\.)?output\.LayerNorm": Norm(),
     },
-    outside={
+    other_roles={
         r"(bert|roberta)\.embeddings\.(word|position|token_type)_embeddings": Embedding(),
         r"(bert|roberta)\.embeddings\.LayerNorm": Norm(),
         r"cls\.predictions\.transform\.dense|lm_head\.dense": Linear("hidden", "hidden"),
@@ -101,31 +103,31 @@ BERT = Family(
     norms_after=("attention.output.LayerNorm", "output.LayerNorm"),
     eps="layer_norm_eps",
     # A decoder's transform stands between its body's last norm and its output matrix.
-    needs={"add_cross_attention": False, "is_decoder": False},
+    required_settings={"add_cross_attention": False, "is_decoder": False},
 )
 GPT2 = Family(
     types=("gpt2",),
     layer=r"transformer\.h\.",
-    inside={
+    layer_roles={
         r"attn\.c_attn": Linear("heads", "hidden", transposed=True, parts=3),
         r"attn\.c_proj": Linear("hidden", "heads", transposed=True),
         r"mlp\.c_fc": Linear("ffn", "hidden", transposed=True),
         r"mlp\.c_proj": Linear("hidden", "ffn", transposed=True),
         r"ln_[12]": Norm(),
     },
-    outside={
+    other_roles={
         r"transformer\.(wte|wpe)": Embedding(),
         r"transformer\.ln_f": Norm(last=True),
         r"lm_head": Output(),
     },
     eps="layer_norm_epsilon",
     # A scale by the layer's number would give a layer's copy different attention.
-    needs={"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False},
+    required_settings={"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False},
 )
 LLAMA = Family(
     types=("llama", "mistral", "qwen2"),
     layer=r"model\.layers\.",
-    inside={
+    layer_roles={
         r"self_attn\.q_proj": Linear("heads", "hidden"),
         r"self_attn\.[kv]_proj": Linear("groups", "hidden"),
         r"self_attn\.o_proj": Linear("hidden", "heads"),
@@ -133,7 +135,7 @@ LLAMA = Family(
         r"mlp\.down_proj": Linear("hidden", "ffn"),
         r"(input|post_attention)_layernorm": Norm(),
     },
-    outside={
+    other_roles={
         r"model\.embed_tokens": Embedding(),
         r"model\.norm": Norm(last=True),
         r"lm_head": Output(),
@@ -147,23 +149,23 @@ FAMILIES = (BERT, GPT2, LLAMA)
 def family_of(model: nn.Module) -> Family:
     """Return the family of a transformers model. Raise InputError for other models."""
     config = cast("PretrainedConfig", model.config)
-    known = [kind for family in FAMILIES for kind in family.types]
-    found = next((f for f in FAMILIES if config.model_type in f.types), None)
-    if found is None:
+    growable_types = [kind for family in FAMILIES for kind in family.types]
+    family = next((f for f in FAMILIES if config.model_type in f.types), None)
+    if family is None:
         raise InputError(
             f"student.grow: {type(model).__name__} ({config.model_type}) cannot be grown; only "
-            f"models of the types {', '.join(known)} can"
+            f"models of the types {', '.join(growable_types)} can"
         )
-    for key, value in found.needs.items():
+    for key, value in family.required_settings.items():
         if getattr(config, key, value) != value:
             raise InputError(
                 f"student.grow: a {config.model_type} model with {key}: {getattr(config, key)} "
                 f"cannot be grown, only one with {key}: {value}"
             )
-    strange = [name for name in model.state_dict() if found.role(name) is None]
-    if strange:
+    unknown_parameters = [name for name in model.state_dict() if family.role(name) is None]
+    if unknown_parameters:
         raise InputError(
             f"student.grow: {type(model).__name__} has parameters that {config.model_type} models "
-            f"do not have ({', '.join(strange[:3])}); it cannot be grown"
+            f"do not have ({', '.join(unknown_parameters[:3])}); it cannot be grown"
         )
-    return found
+    return family

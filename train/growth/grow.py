@@ -98,11 +98,11 @@ def grown_shape(old: Shape, config: GrowConfig) -> Shape:
                 f"student.grow: {name} would shrink from {before} to {after}; a model can only grow"
             )
     if heads * old.hidden_size != hidden * old.heads:
-        each = old.hidden_size / old.heads
+        head_size = old.hidden_size / old.heads
         raise InputError(
             f"student.grow: hidden_size {hidden} with {heads} heads: whole heads are added, so "
-            f"there must be {each:g} hidden dimensions per head, as now ({old.hidden_size} with "
-            f"{old.heads}). Give a multiple of it, or only heads"
+            f"there must be {head_size:g} hidden dimensions per head, as now "
+            f"({old.hidden_size} with {old.heads}). Give a multiple of it, or only heads"
         )
     if groups * old.heads != heads * old.key_value_heads:
         raise InputError(
@@ -142,12 +142,12 @@ class Growth:
 
     def model(self, old: Model) -> Model:
         """Return the grown model, on the CPU, with its tied weights tied."""
-        made = type(old)(self.config)
-        made.load_state_dict(self._widen(self._deepen(old.state_dict())))
-        made.to(next(old.parameters()).dtype).train(old.training)
+        grown = type(old)(self.config)
+        grown.load_state_dict(self._widen(self._deepen(old.state_dict())))
+        grown.to(next(old.parameters()).dtype).train(old.training)
         if getattr(old, "generation_config", None) is not None:
-            made.generation_config = copy.deepcopy(old.generation_config)
-        return made
+            grown.generation_config = copy.deepcopy(old.generation_config)
+        return grown
 
     def _hidden_axis(self) -> Axis:
         old, new = self.old.hidden_size, self.new.hidden_size
@@ -194,24 +194,24 @@ class Growth:
         """Return the weights of all new layers, still with the old width."""
         tensors: State = {}
         for name, tensor in state.items():
-            layer, rest = self.family.place(name)
+            layer, inner_name = self.family.split_name(name)
             if layer is None:
                 tensors[name] = tensor.cpu()
                 continue
-            start = name.removesuffix(f"{layer}.{rest}")
-            copies = [place for place, source in enumerate(self.sources) if source == layer]
-            for place in copies:
-                kept = tensor.cpu()
+            start = name.removesuffix(f"{layer}.{inner_name}")
+            places = [place for place, source in enumerate(self.sources) if source == layer]
+            for place in places:
+                copied = tensor.cpu()
                 if self.settings.preserve == "exact":
-                    kept = self._silenced(name, kept, place, copies)
-                tensors[f"{start}{place}.{rest}"] = kept
+                    copied = self._without_effect(name, copied, place, places)
+                tensors[f"{start}{place}.{inner_name}"] = copied
         return tensors
 
-    def _silenced(self, name: str, tensor: Tensor, place: int, places: list[int]) -> Tensor:
+    def _without_effect(self, name: str, tensor: Tensor, place: int, places: list[int]) -> Tensor:
         """Return a parameter of a layer copied to ``places``, changed so that the copies have no
         effect.
         """
-        module, _, kind = self.family.place(name)[1].rpartition(".")
+        module, _, kind = self.family.split_name(name)[1].rpartition(".")
         is_copy, is_last, role = place != places[0], place == places[-1], self.family.role(name)
         if is_copy and isinstance(role, Linear) and role.out == "hidden":
             return torch.zeros_like(tensor)  # it adds to the residual stream
@@ -223,20 +223,22 @@ class Growth:
     # ---- width -------------------------------------------------------------------------------
 
     def _widen(self, state: State) -> State:
-        return {name: self._grown(name, tensor).contiguous() for name, tensor in state.items()}
+        return {
+            name: self._widen_parameter(name, tensor).contiguous() for name, tensor in state.items()
+        }
 
-    def _grown(self, name: str, tensor: Tensor) -> Tensor:
-        role, layer = self.family.role(name), self.family.place(name)[0]
-        own = None if layer is None else self.layers[layer]
+    def _widen_parameter(self, name: str, tensor: Tensor) -> Tensor:
+        role, layer = self.family.role(name), self.family.split_name(name)[0]
+        axes = None if layer is None else self.layers[layer]
         if isinstance(role, Linear):
-            return self._linear(role, tensor, own)
+            return self._linear(role, tensor, axes)
         if isinstance(role, Norm):
-            read = role.last and self.tied
-            return self.hidden.norm(tensor, bias=name.endswith(".bias"), read=read)
+            divided = role.last and self.tied
+            return self.hidden.norm(tensor, bias=name.endswith(".bias"), read=divided)
         return self._table(role, tensor)
 
-    def _linear(self, role: Linear, tensor: Tensor, own: LayerAxes | None) -> Tensor:
-        out, into = self._axis(role.out, own), self._axis(role.into, own)
+    def _linear(self, role: Linear, tensor: Tensor, axes: LayerAxes | None) -> Tensor:
+        out, into = self._axis(role.out, axes), self._axis(role.into, axes)
         row_dim = 1 if role.transposed and tensor.dim() == 2 else 0
         parts = [out.rows(part, row_dim) for part in tensor.chunk(role.parts, row_dim)]
         grown = torch.cat(parts, row_dim) if role.parts > 1 else parts[0]
@@ -259,8 +261,8 @@ class Growth:
         keep_sum = self.settings.preserve == "exact"
         return axis.columns(tensor, dim, self.settings.noise_std, self._draw, keep_sum)
 
-    def _axis(self, units: str, own: LayerAxes | None) -> Axis:
-        axis: Axis = self.hidden if units == "hidden" else getattr(own, units)
+    def _axis(self, units: str, axes: LayerAxes | None) -> Axis:
+        axis: Axis = self.hidden if units == "hidden" else getattr(axes, units)
         return axis
 
 

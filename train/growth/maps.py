@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-Copied = Literal["spread", "last", "first"]
+CopiedLayers = Literal["spread", "last", "first"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Axis:
         units with eps·d/D gives √(d/D) of its former value, for any d and D.
         """
         share = torch.bincount(source)[source].double().rsqrt()
-        return cls(source, share, share.clone(), norm_scale=_shrunk(source))
+        return cls(source, share, share.clone(), norm_scale=_norm_scale(source))
 
     @classmethod
     def averaged(cls, source: Tensor) -> "Axis":
@@ -54,7 +54,7 @@ class Axis:
         variance over D units is d/D of the old one, which weights and eps of a LayerNorm correct.
         """
         ones = torch.ones(len(source), dtype=torch.float64)
-        return cls(source, ones, ones.clone(), means=True, norm_scale=_shrunk(source))
+        return cls(source, ones, ones.clone(), means=True, norm_scale=_norm_scale(source))
 
     @property
     def old(self) -> int:
@@ -63,11 +63,11 @@ class Axis:
 
     def rows(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Return what computes the units, grown along ``dim``."""
-        grown = tensor.index_select(dim, self.source) * _along(self.write, tensor, dim)
+        grown = tensor.index_select(dim, self.source) * _reshape_along(self.write, tensor, dim)
         if self.means:
-            new = len(self.source) - self.old
+            added = len(self.source) - self.old
             mean = tensor.mean(dim, keepdim=True, dtype=torch.float64).to(tensor.dtype)
-            grown.narrow(dim, self.old, new).copy_(mean.expand_as(grown.narrow(dim, 0, new)))
+            grown.narrow(dim, self.old, added).copy_(mean.expand_as(grown.narrow(dim, 0, added)))
         return grown
 
     def columns(
@@ -83,14 +83,14 @@ class Axis:
         ``noise``: standard deviation of the noise added to the columns of every copy but the first.
         With ``keep_sum`` the first gets the negative sum, as only the sum over equal units matters.
         """
-        grown = tensor.index_select(dim, self.source) * _along(self.read, tensor, dim)
+        grown = tensor.index_select(dim, self.source) * _reshape_along(self.read, tensor, dim)
         if noise and not self.means:
-            drawn = noise * torch.randn(grown.shape, generator=draw, dtype=grown.dtype)
-            drawn.narrow(dim, 0, self.old).zero_()  # the first d are the originals
-            grown += drawn
+            noise_values = noise * torch.randn(grown.shape, generator=draw, dtype=grown.dtype)
+            noise_values.narrow(dim, 0, self.old).zero_()  # the first d are the originals
+            grown += noise_values
             if keep_sum:
                 first = grown.narrow(dim, 0, self.old)
-                first -= torch.zeros_like(first).index_add_(dim, self.source, drawn)
+                first -= torch.zeros_like(first).index_add_(dim, self.source, noise_values)
         return grown
 
     def norm(self, tensor: Tensor, *, bias: bool, read: bool) -> Tensor:
@@ -106,12 +106,12 @@ class Axis:
         return grown
 
 
-def _shrunk(source: Tensor) -> float:
+def _norm_scale(source: Tensor) -> float:
     """Return √(d/D)."""
     return math.sqrt((int(source.max()) + 1) / len(source))
 
 
-def _along(values: Tensor, tensor: Tensor, dim: int) -> Tensor:
+def _reshape_along(values: Tensor, tensor: Tensor, dim: int) -> Tensor:
     """Return ``values`` reshaped to multiply ``tensor`` along ``dim``."""
     shape = [1] * tensor.dim()
     shape[dim] = -1
@@ -133,7 +133,7 @@ def in_blocks(source: Tensor, size: int) -> Tensor:
     return (source[:, None] * size + torch.arange(size)).flatten()
 
 
-def layer_sources(old: int, new: int, which: Copied) -> list[int]:
+def layer_sources(old: int, new: int, which: CopiedLayers) -> list[int]:
     """Return the old layer of each of ``new`` layers, ascending, so copies follow their originals.
 
     Numbers of copies differ by at most 1; ``which`` layers get one more: evenly over the depth, the
@@ -141,6 +141,6 @@ def layer_sources(old: int, new: int, which: Copied) -> list[int]:
     """
     if which == "spread":
         return [place * old // new for place in range(new)]
-    each, more = divmod(new, old)
-    extra = range(old - more, old) if which == "last" else range(more)
-    return [layer for layer in range(old) for _ in range(each + (layer in extra))]
+    copies, remainder = divmod(new, old)
+    copied_once_more = range(old - remainder, old) if which == "last" else range(remainder)
+    return [layer for layer in range(old) for _ in range(copies + (layer in copied_once_more))]

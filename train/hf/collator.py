@@ -21,7 +21,7 @@ from rekindle.train.objective.selection import at_masked_positions
 log = logging.getLogger("rekindle")
 
 TARGETS = "distillation"  # the key of the targets in a collator's output
-TELL_UNREAD = 50  # warn after this many batches if no loss has been computed
+WARN_UNUSED_AFTER = 50  # warn after this many batches if no loss has been computed
 CPU = torch.device("cpu")
 
 
@@ -45,7 +45,8 @@ class TargetCollator:
     ):
         self.cache, self.teachers, self.task = cache, list(teachers), task
         self.masked_view, self.allow_missing = masked_view, tuple(allow_missing)
-        self.made, self.read = 0, False  # batches made; whether a loss was ever computed on one
+        self.batch_count = 0
+        self.is_used = False  # whether a loss was ever computed on a batch
 
     def __call__(self, places: Sequence[Place]) -> dict[str, Any]:
         """Read a batch. Raise InputError for items of another data set or another cache."""
@@ -62,28 +63,28 @@ class TargetCollator:
                 f"({self.cache.store.location}): its numbers would mean other texts there. Make "
                 "the data set from the cache that Distillation was given"
             )
-        self._tell_unread()
-        counted = [place for place in places if place.counts]
-        batch = self._read(counted or places[:1])
+        self._warn_unused()
+        counting_places = [place for place in places if place.counts]
+        batch = self._read(counting_places or places[:1])
         labels = labels_of(batch, self.task)
-        if not counted:
+        if not counting_places:
             labels.fill_(IGNORED)
             none = slice(0)
             targets = {name: target.keep(none) for name, target in batch.targets.items()}
             batch = replace(batch, targets=targets)
-        return {**shown(batch), "labels": labels, TARGETS: batch}
+        return {**student_inputs(batch), "labels": labels, TARGETS: batch}
 
-    def _tell_unread(self) -> None:
+    def _warn_unused(self) -> None:
         """Warn once if no loss uses the targets. A worker's copy never learns of a loss, so it is
         silent.
         """
-        self.made += 1
-        if self.made == TELL_UNREAD and not self.read and get_worker_info() is None:
+        self.batch_count += 1
+        if self.batch_count == WARN_UNUSED_AFTER and not self.is_used and get_worker_info() is None:
             log.warning(
                 "%d batches of cached targets were made, but no loss was computed on them: a "
                 "Trainer without DistillationMixin trains on its own loss only. Put the mixin "
                 "first: class KDTrainer(DistillationMixin, Trainer)",
-                TELL_UNREAD,
+                WARN_UNUSED_AFTER,
             )
 
     def _read(self, places: Sequence[Place]) -> Batch:
@@ -98,7 +99,7 @@ class TargetCollator:
         return batch if batch.masked is None else at_masked_positions(batch)
 
 
-def shown(batch: Batch) -> dict[str, Tensor]:
+def student_inputs(batch: Batch) -> dict[str, Tensor]:
     """Return the student's inputs for a batch, on the CPU."""
     ids = batch.input_ids if batch.masked is None else batch.masked.input_ids
     return model_inputs(ids, batch.lengths, CPU, batch.token_types)
@@ -107,9 +108,9 @@ def shown(batch: Batch) -> dict[str, Tensor]:
 def labels_of(batch: Batch, task: str) -> Tensor:
     """Return labels [B,S] as transformers models take them; −100: no cross-entropy."""
     if task == "causal_lm":
-        learnt = batch.attention_mask if batch.trained is None else batch.trained
-        clean = np.where(learnt, batch.input_ids, IGNORED)
-        return torch.from_numpy(clean).long()
+        is_trained = batch.attention_mask if batch.trained is None else batch.trained
+        token_labels = np.where(is_trained, batch.input_ids, IGNORED)
+        return torch.from_numpy(token_labels).long()
     assert batch.masked is not None
     labels = np.full(batch.input_ids.shape, IGNORED, np.int64)
     labels[batch.masked.rows, batch.masked.positions] = batch.masked.labels

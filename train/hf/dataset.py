@@ -19,7 +19,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.permutation import permute, sequence_numbers
 from rekindle.train.config import Batching
 from rekindle.train.hf.given import check_cache
-from rekindle.train.order.similar_lengths import dealt, turns, window_of
+from rekindle.train.order.similar_lengths import batch_turns, deal_batches, window_of
 
 # A window of an epoch: its number, its steps, and the places that each step reads.
 _Window = tuple[int, range, list[NDArray[np.int64]]]
@@ -130,18 +130,18 @@ class Shares:
 
     def place(self, number: int, epoch: int) -> Place:
         """Return the sequence at place ``number`` of this share of ``epoch``."""
-        at = number * self.world_size + self.rank
+        place = number * self.world_size + self.rank
         if self._lengths is not None:
-            at = self._by_length(at, epoch, self._lengths)
-        found = int(self._numbers(np.array([at]), epoch)[0])
-        return Place(found, epoch, self.repeats or at < self.size, self.corpus)
+            place = self._by_length(place, epoch, self._lengths)
+        sequence = int(self._numbers(np.array([place]), epoch)[0])
+        return Place(sequence, epoch, self.repeats or place < self.size, self.corpus)
 
     def _numbers(self, places: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         """Return the sequences at ``places`` [B] of the shuffled epoch, which wraps around at its
         end.
         """
-        found = permute(places % self.size, self.size, seed=self.seed, epoch=epoch)
-        return found if self.sequences is None else self.sequences[found]
+        numbers = permute(places % self.size, self.size, seed=self.seed, epoch=epoch)
+        return numbers if self.sequences is None else self.sequences[numbers]
 
     def _by_length(self, at: int, epoch: int, lengths: Callable[..., NDArray[np.int64]]) -> int:
         """Return the place of the shuffled epoch that is read at ``at`` when batches have similar
@@ -152,19 +152,19 @@ class Shares:
                 "batching: similar_lengths needs batch_sequences, the batch size of the "
                 "DataLoader that reads the data set: sequences are sorted and divided by it"
             )
-        step, within = divmod(at, batch)
-        full = self.length * self.world_size // batch
-        if step >= full:
+        step, offset = divmod(at, batch)
+        full_batches = self.length * self.world_size // batch
+        if step >= full_batches:
             return at
-        known, window, dealt_places = self._window
-        if known != epoch or step not in window:
-            window = window_of(step, 0, full)
+        window_epoch, window, dealt_places = self._window
+        if window_epoch != epoch or step not in window:
+            window = window_of(step, 0, full_batches)
             places = np.arange(window.start * batch, window.stop * batch, dtype=np.int64)
-            order, sizes = turns(window, self.seed, epoch), [batch] * len(window)
-            parts = dealt(lengths(self._numbers(places, epoch)), sizes, order)
+            order, sizes = batch_turns(window, self.seed, epoch), [batch] * len(window)
+            parts = deal_batches(lengths(self._numbers(places, epoch)), sizes, order)
             dealt_places = [places[part] for part in parts]
             self._window = epoch, window, dealt_places
-        return int(dealt_places[step - window.start][within])
+        return int(dealt_places[step - window.start][offset])
 
     @property
     def pass_sequences(self) -> int | None:
@@ -181,9 +181,9 @@ def _numbers(sequences: ArrayLike) -> NDArray[np.int64]:
     try:
         return sequence_numbers(np.asarray(sequences))
     except ValueError:
-        given = np.asarray(sequences)
+        array = np.asarray(sequences)
         raise InputError(
-            f"sequences has {given.ndim} dimensions of {given.dtype}; give a list of sequence "
+            f"sequences has {array.ndim} dimensions of {array.dtype}; give a list of sequence "
             "numbers (from a mask: np.flatnonzero(mask))"
         ) from None
 
@@ -216,7 +216,7 @@ class IterableCacheDataset(Shares, IterableDataset[Place]):
         """Take the same ``settings`` as CacheDataset."""
         super().__init__(cache, batch_sequences=batch_sequences, **settings)
         self._first = torch.tensor(0).share_memory_()  # the place where the next iter() begins
-        self._given = 0  # places of the current epoch given by this process
+        self._position = 0  # places of the current epoch given by this process
 
     def __len__(self) -> int:
         return self.length
@@ -225,18 +225,18 @@ class IterableCacheDataset(Shares, IterableDataset[Place]):
         """Read this epoch next, from its first place; for the current epoch, what is left of it."""
         if epoch != self.epoch:
             self._first.fill_(0)
-            self._given = 0
+            self._position = 0
         super().set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Place]:
         worker = get_worker_info()
-        number, of = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        worker_id, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         epoch, first, size = self.epoch, int(self._first), self.batch_sequences
         assert size is not None
-        for start in range(first + number * size, self.length, of * size):
-            for at in range(start, min(start + size, self.length)):
-                self._given = at + 1
-                yield self.place(at, epoch)
+        for start in range(first + worker_id * size, self.length, workers * size):
+            for number in range(start, min(start + size, self.length)):
+                self._position = number + 1
+                yield self.place(number, epoch)
         if worker is None:
             self.set_epoch(epoch + 1)
 
@@ -247,14 +247,16 @@ class IterableCacheDataset(Shares, IterableDataset[Place]):
         None: all that the stream has given here; this is correct only without workers, which read
         ahead, each in its own copy (torchdata's StatefulDataLoader asks every copy itself).
         """
-        position = self._given if consumed is None else consumed
+        position = self._position if consumed is None else consumed
         if not 0 <= position < self.length + (self.batch_sequences or 1):
             raise ValueError(
                 f"consumed is {consumed}; it counts only this epoch's sequences, of which this "
                 f"process has {self.length}"
             )
-        similar = {} if self.pass_sequences is None else {"pass_sequences": self.pass_sequences}
-        return similar | {
+        batching_state = (
+            {} if self.pass_sequences is None else {"pass_sequences": self.pass_sequences}
+        )
+        return batching_state | {
             "epoch": self.epoch,
             "position": max(position, int(self._first)),
             "seed": self.seed,
@@ -275,21 +277,21 @@ class IterableCacheDataset(Shares, IterableDataset[Place]):
                     f"{getattr(self, name)}, so its order differs. Continue with the same cache, "
                     "sequences and seed"
                 )
-        if (before := state.get("pass_sequences")) != self.pass_sequences:
-            was, now = (
+        if (stored := state.get("pass_sequences")) != self.pass_sequences:
+            stored_text, own_text = (
                 "shuffled" if size is None else f"of similar lengths, {size} in a batch of all"
-                for size in (before, self.pass_sequences)
+                for size in (stored, self.pass_sequences)
             )
             raise InputError(
-                f"the state is of a stream that is {was}, but this one is {now}, so its order "
-                "differs. Continue with the same batching and batch_sequences × processes"
+                f"the state is of a stream that is {stored_text}, but this one is {own_text}, so "
+                "its order differs. Continue with the same batching and batch_sequences × processes"
             )
-        taken = state["position"] * state["world_size"]
-        if taken % self.world_size and taken < self.size:
+        position = state["position"] * state["world_size"]
+        if position % self.world_size and position < self.size:
             raise InputError(
-                f"the state is after {taken} sequences of the epoch, which {self.world_size} "
+                f"the state is after {position} sequences of the epoch, which {self.world_size} "
                 "processes cannot share; continue with a number of processes that divides it"
             )
         self.set_epoch(state["epoch"])
-        self._first.fill_(self.length if taken >= self.size else taken // self.world_size)
-        self._given = int(self._first)
+        self._first.fill_(self.length if position >= self.size else position // self.world_size)
+        self._position = int(self._first)

@@ -41,7 +41,7 @@ from rekindle.train.model.fitting import AUTO_CLASSES, CLASS_TASKS
 from rekindle.train.model.split_model import OutputHead
 from rekindle.train.objective.language_loss import IGNORED, head_loss
 from rekindle.train.objective.selection import Counts
-from rekindle.train.objective.terms import check_terms, told_of_between
+from rekindle.train.objective.terms import check_terms, describe_interpolation
 from rekindle.train.record.coverage import check_covered
 from rekindle.train.to_device import DeviceBatch, DeviceTargets, by_name, to_device
 
@@ -112,16 +112,16 @@ class Distillation:
         teachers_task = _task_of(self.infos)
         self.task = task or teachers_task
         self.masked_view = _masks(cache, self.infos, self.task, masked_view)
-        there = f"the teachers are {list(self.infos)}"
-        weights = by_name(kd_weight, self.infos, "kd_weight", there)
-        if untold := [name for name in self.infos if name not in weights]:
+        known_teachers = f"the teachers are {list(self.infos)}"
+        weights = by_name(kd_weight, self.infos, "kd_weight", known_teachers)
+        if without_weight := [name for name in self.infos if name not in weights]:
             raise InputError(
-                f"kd_weight is {kd_weight} and leaves out {untold}. Give one number for all, or "
-                "one for each teacher: 0 for a teacher that should not teach"
+                f"kd_weight is {kd_weight} and leaves out {without_weight}. Give one number for "
+                "all, or one for each teacher: 0 for a teacher that should not teach"
             )
-        temperatures = by_name(temperature, self.infos, "temperature", there)
-        ks = by_name(k, self.infos, "k", there)
-        given = [
+        temperatures = by_name(temperature, self.infos, "temperature", known_teachers)
+        ks = by_name(k, self.infos, "k", known_teachers)
+        term_settings = [
             {
                 "teachers": [name],
                 "weight": weights[name],
@@ -134,10 +134,10 @@ class Distillation:
             }
             for name, info in self.infos.items()
         ]
-        terms = [parse_settings(DistillTerm, term) for term in given]
+        terms = [parse_settings(DistillTerm, term) for term in term_settings]
         check_terms(terms, self.infos, self.task, "teachers")
         self.terms = {term.teachers[0]: term for term in terms if weights[term.teachers[0]] > 0}
-        for line in told_of_between([*self.terms.values()], self.infos):
+        for line in describe_interpolation([*self.terms.values()], self.infos):
             log.info(line)
         self.temperature_between = terms[0].temperature_between
         self.weights = {name: float(weights[name]) for name in self.terms}
@@ -160,11 +160,11 @@ class Distillation:
 
     def collator(self) -> TargetCollator:
         """Return the collator that makes batches from a data set's places."""
-        made = TargetCollator(
+        collator = TargetCollator(
             self.cache, list(self.terms), self.task, self.masked_view, self.allow_missing
         )
-        self._collators.append(made)
-        return made
+        self._collators.append(collator)
+        return collator
 
     def check_student(self, model: nn.Module, tokenizer: Any = None) -> None:
         """Raise InputError for a student without a vocabulary, or with another task or vocabulary
@@ -173,22 +173,22 @@ class Distillation:
         Without the student's tokenizer, here or in an earlier call, only its number of rows can be
         compared, and a warning says so.
         """
-        given: Any = model
-        whole = given.get_base_model() if hasattr(given, "get_base_model") else given
-        kind = type(whole).__name__
-        said = next((task for form, task in CLASS_TASKS.items() if re.search(form, kind)), None)
-        if said not in (None, self.task):
+        student: Any = model
+        base = student.get_base_model() if hasattr(student, "get_base_model") else student
+        kind = type(base).__name__
+        task = next((task for form, task in CLASS_TASKS.items() if re.search(form, kind)), None)
+        if task not in (None, self.task):
             raise InputError(
-                f"the student is a {kind}, a {said}; the targets are for a {self.task}. Use a "
+                f"the student is a {kind}, a {task}; the targets are for a {self.task}. Use a "
                 "student of the teachers' task, or teachers of the student's task"
             )
-        output = whole.get_output_embeddings()
-        if output is None and said is None:
+        output = base.get_output_embeddings()
+        if output is None and task is None:
             raise InputError(
                 f"the student is a {kind}, which has no output over the vocabulary. Load it as a "
                 f"language model, with {AUTO_CLASSES[self.task]}"
             )
-        rows = whole.config.get_text_config().vocab_size if output is None else len(output.weight)
+        rows = base.config.get_text_config().vocab_size if output is None else len(output.weight)
         if rows < self.vocabulary_size:
             raise InputError(
                 f"the student has another vocabulary than the targets: it has {rows:,} rows, the "
@@ -202,12 +202,12 @@ class Distillation:
                 *(rows, self.vocabulary_size),
             )
         if getattr(tokenizer, "backend_tokenizer", None) is not None:
-            facts, beside = self.cache.corpus.info["tokenizer"], np.zeros(0, np.int64)
+            facts, compared_ids = self.cache.corpus.info["tokenizer"], np.zeros(0, np.int64)
             if self.task == "masked_lm" and facts["mask_id"] is not None:
-                beside = np.append(content_ids(facts), facts["mask_id"]).astype(np.int64)
-            own = wrap_tokenizer(tokenizer, str(getattr(tokenizer, "name_or_path", "")))
+                compared_ids = np.append(content_ids(facts), facts["mask_id"]).astype(np.int64)
+            wrapped = wrap_tokenizer(tokenizer, str(getattr(tokenizer, "name_or_path", "")))
             advice = "Use a student with the cache's tokenizer, or make a cache with the student's"
-            unshared_ids(self.cache.corpus, own, beside, "the student", advice)
+            unshared_ids(self.cache.corpus, wrapped, compared_ids, "the student", advice)
             self._compared = True
         elif not self._compared:
             log.warning(
@@ -221,9 +221,9 @@ class Distillation:
         ``labels`` [B,S]. ``Counts.over`` sums them over processes.
         """
         labels, rows = 0, dict.fromkeys(self.terms, 0)
-        for batch, given in batches:
-            cut = given[:, 1:] if self.task == "causal_lm" else given
-            labels += int((cut != IGNORED).sum())
+        for batch, batch_labels in batches:
+            next_labels = batch_labels[:, 1:] if self.task == "causal_lm" else batch_labels
+            labels += int((next_labels != IGNORED).sum())
             for name in rows:
                 rows[name] += len(batch.targets[name].rows)
         return Counts(labels, rows)
@@ -302,43 +302,43 @@ class Distillation:
         every row computes the cross-entropy in its call.
         """
         for collator in self._collators:
-            collator.read = True
-        moved = batch if isinstance(batch, DeviceBatch) else self.to_device(batch, output.device)
-        own = moved.labels if labels is None else self._at(labels.to(output.device), moved.select)
-        counts = counts or self._counts_of(moved, own)
+            collator.is_used = True
+        sent = batch if isinstance(batch, DeviceBatch) else self.to_device(batch, output.device)
+        row_labels = sent.labels if labels is None else self._at(labels, sent.select)
+        counts = counts or self._count_rows(sent, row_labels)
         scale = self.ce_weight / max(counts.labels, 1)
         ce = total = output.new_zeros((), dtype=torch.float32)
-        due, kd = self.ce_weight > 0, dict[str, Tensor]()
+        needs_ce, kd = self.ce_weight > 0, dict[str, Tensor]()
         options: dict[str, Any] = {"reduction": "sum"}
         if head is not None:
             options |= {"softcap": head.softcap, "logit_scale": head.logit_scale}
         for name, term in self.terms.items():
-            found = moved.targets[name]
-            assert isinstance(found, DeviceTargets)
-            check_moved(name, found, term.temperature)
-            taught, kd[name] = max(counts.rows[name], 1), torch.zeros_like(ce)
-            if not len(found.select):
+            target = sent.targets[name]
+            assert isinstance(target, DeviceTargets)
+            check_moved(name, target, term.temperature)
+            row_count, kd[name] = max(counts.rows[name], 1), torch.zeros_like(ce)
+            if not len(target.select):
                 continue
-            whole = due and len(found.select) == len(moved.select)
-            made = kd_loss(
-                rows(found.select),
-                found.targets,
-                labels=own if whole else None,
-                temperature=found.temperature,
-                ce_weight=scale if whole else 0.0,
-                kd_weight=self.weights[name] / taught,
+            with_ce = needs_ce and len(target.select) == len(sent.select)
+            result = kd_loss(
+                rows(target.select),
+                target.targets,
+                labels=row_labels if with_ce else None,
+                temperature=target.temperature,
+                ce_weight=scale if with_ce else 0.0,
+                kd_weight=self.weights[name] / row_count,
                 divergence=term.divergence,
                 tail=term.tail,
                 skew=term.skew,
                 ignore_index=IGNORED,
                 **options,
             )
-            total, kd[name] = total + made.loss, made.kd / taught
-            if whole:
-                ce, due = made.ce / max(counts.labels, 1), False
-        if due and len(moved.select):
-            alone = _cross_entropy(rows(moved.select), own, head)
-            total, ce = total + scale * alone, alone.detach() / max(counts.labels, 1)
+            total, kd[name] = total + result.loss, result.kd / row_count
+            if with_ce:
+                ce, needs_ce = result.ce / max(counts.labels, 1), False
+        if needs_ce and len(sent.select):
+            ce_sum = _cross_entropy(rows(sent.select), row_labels, head)
+            total, ce = total + scale * ce_sum, ce_sum.detach() / max(counts.labels, 1)
         # nothing here has a loss, but other processes' passes need a gradient
         if not total.requires_grad:
             total = total + 0.0 * output.flatten()[0].float()
@@ -348,10 +348,10 @@ class Distillation:
         """Return the labels [P] of the rows ``select``."""
         if self.task == "causal_lm":
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        return labels.flatten()[select]
+        return labels.to(select.device).flatten()[select]
 
-    def _counts_of(self, moved: DeviceBatch, labels: Tensor) -> Counts:
-        rows = {name: len(moved.targets[name].select) for name in self.terms}
+    def _count_rows(self, sent: DeviceBatch, labels: Tensor) -> Counts:
+        rows = {name: len(sent.targets[name].select) for name in self.terms}
         return Counts(int((labels != IGNORED).sum()), rows)
 
 
@@ -381,15 +381,15 @@ def _task_of(infos: Mapping[str, TeacherInfo]) -> str:
 
 
 def _masks(
-    cache: Cache, infos: Mapping[str, TeacherInfo], task: str, named: str | None
+    cache: Cache, infos: Mapping[str, TeacherInfo], task: str, chosen: str | None
 ) -> str | None:
     """Return the student's masked view: the named one, its teachers', or the only one."""
     if task != "masked_lm":
-        if named is not None:
-            raise InputError(f"masked_view is {named!r}, but a {task} student is shown no masks")
+        if chosen is not None:
+            raise InputError(f"masked_view is {chosen!r}, but a {task} student is shown no masks")
         return None
-    seen = sorted({info.view for info in infos.values() if info.view_class.masked})
-    view = cache.masked_view(named or (seen[0] if len(seen) == 1 else None)).name
+    views = sorted({info.view for info in infos.values() if info.view_class.masked})
+    view = cache.masked_view(chosen or (views[0] if len(views) == 1 else None)).name
     for info in infos.values():
         if info.view_class.masked and info.view != view:
             raise InputError(

@@ -25,8 +25,8 @@ def check_names(cache: Cache, teachers: Sequence[str]) -> None:
             f"teachers is {teachers!r}; give a list of the cache's language models, "
             f"{sorted(cache.teachers)}"
         )
-    if twice := sorted({name for name in teachers if [*teachers].count(name) > 1}):
-        raise InputError(f"teachers names {', '.join(map(repr, twice))} twice; name each once")
+    if repeated := sorted({name for name in teachers if [*teachers].count(name) > 1}):
+        raise InputError(f"teachers names {', '.join(map(repr, repeated))} twice; name each once")
 
 
 def check_allowed(allowed: Collection[str], teachers: Collection[str]) -> None:
@@ -64,10 +64,10 @@ def check_rows(output: Tensor, ids: int, size: int, batch: object, labels: Tenso
         raise InputError(f"the student's output has {ids:,} ids; the cache has {size:,}")
 
 
-def check_moved(name: str, found: DeviceTargets, temperature: float) -> None:
+def check_moved(name: str, target: DeviceTargets, temperature: float) -> None:
     """Raise InputError for targets that were sent to the device at another temperature."""
-    if found.temperature != temperature:
+    if target.temperature != temperature:
         raise InputError(
-            f"the batch was sent with {name!r} at temperature {found.temperature:g}, but it is "
+            f"the batch was sent with {name!r} at temperature {target.temperature:g}, but it is "
             f"taught at {temperature:g}: send it by Distillation.to_device"
         )

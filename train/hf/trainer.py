@@ -54,9 +54,9 @@ class DistillationMixin:
     def __init_subclass__(cls, **kwargs: Any):
         """Raise TypeError if the mixin comes after the Trainer, whose loss would then be used."""
         super().__init_subclass__(**kwargs)
-        before = cls.__mro__[1 : cls.__mro__.index(DistillationMixin)]
+        bases_before = cls.__mro__[1 : cls.__mro__.index(DistillationMixin)]
         if other := next(
-            (kind for kind in before if not issubclass(kind, DistillationMixin)), None
+            (kind for kind in bases_before if not issubclass(kind, DistillationMixin)), None
         ):
             raise TypeError(
                 f"{cls.__name__}: DistillationMixin must come before {other.__name__}, whose own "
@@ -73,34 +73,34 @@ class DistillationMixin:
         self._counts: Counts | None = None  # of the current step
         self._micro_batches = 1  # of the current step, in this process
         self._balance = 0.0  # weight of the student's load-balancing loss
-        self._shown: dict[str, Tensor] = {}  # sums since the last log
-        self._steps_shown = 0  # the number of steps in those sums
-        known = signature(super().__init__).parameters.values()
-        named = [p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD][: len(args)]
-        if len(named) < len(args) or kwargs.keys() & set(named):
+        self._logged: dict[str, Tensor] = {}  # sums since the last log
+        self._steps_logged = 0  # the number of steps in those sums
+        parameters = signature(super().__init__).parameters.values()
+        positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][: len(args)]
+        if len(positional) < len(args) or kwargs.keys() & set(positional):
             raise TypeError(
                 f"give the arguments of {type(self).__name__} once each, by their names"
             )
-        kwargs |= dict(zip(named, args, strict=True))
+        kwargs |= dict(zip(positional, args, strict=True))
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = distillation.collator()
-        everything = kwargs.get("train_dataset") is None
-        data = CacheDataset(distillation.cache) if everything else kwargs["train_dataset"]
+        is_default_data = kwargs.get("train_dataset") is None
+        data = CacheDataset(distillation.cache) if is_default_data else kwargs["train_dataset"]
         kwargs["train_dataset"] = data
         _check_data(data, kwargs["data_collator"])
-        _check_evaluated(kwargs.get("eval_dataset"), kwargs["data_collator"])
+        _check_eval_data(kwargs.get("eval_dataset"), kwargs["data_collator"])
         if hasattr(super(), "_prepare_dataset"):  # TRL accepts only data sets of `datasets`
-            kwargs["train_dataset"] = _stand_in()
+            kwargs["train_dataset"] = _placeholder_dataset()
         super().__init__(**kwargs)
         trainer: Any = self
         trainer.train_dataset = data
-        if everything:  # the Trainer's own arguments, if none are given
+        if is_default_data:  # the Trainer's own arguments, if none are given
             data.seed = trainer.args.seed
         base = super()
-        lacking = [name for name in METHODS if not hasattr(base, name)]
-        if lacking := lacking + [name for name in ATTRIBUTES if not hasattr(trainer, name)]:
+        missing = [name for name in METHODS if not hasattr(base, name)]
+        if missing := missing + [name for name in ATTRIBUTES if not hasattr(trainer, name)]:
             raise InputError(
-                f"the Trainer of this version of transformers lacks {', '.join(lacking)}, which "
+                f"the Trainer of this version of transformers lacks {', '.join(missing)}, which "
                 "the distillation needs. Use transformers 5.17 or newer, below 6"
             )
         self._divides = not hasattr(base, "loss_is_scaled_for_ga")  # transformers before 5.19
@@ -122,7 +122,7 @@ class DistillationMixin:
             self._balance = balance_weight(trainer.model)
             if routers := describe_load_balancing(trainer.model):
                 log.info("student: %s", routers)
-        trainer.add_callback(_epochs(trainer.train_dataset))
+        trainer.add_callback(_epoch_callback(trainer.train_dataset))
 
     # --- batches ---
 
@@ -140,8 +140,8 @@ class DistillationMixin:
         if isinstance(data, str) and isinstance(trainer.eval_dataset, Mapping):
             data = trainer.eval_dataset[data]
         if not isinstance(data, Shares):
-            found: DataLoader = super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
-            return found
+            loader: DataLoader = super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+            return loader
         return self._loader(data, trainer.args.eval_batch_size, False)
 
     def _loader(self, data: Shares, batch: int, training: bool) -> DataLoader:
@@ -174,14 +174,14 @@ class DistillationMixin:
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """Take a step's micro-batches, and count the rows of its means over all processes."""
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        taken = [(_targets(batch), batch["labels"]) for batch in batches]
-        counts = self.distillation.counts(taken)
+        labelled = [(_targets(batch), batch["labels"]) for batch in batches]
+        counts = self.distillation.counts(labelled)
         if self._balance:  # each micro-batch has a share of it by its tokens
-            rows = dict(counts.rows) | {ROUTER: sum(_tokens(*one) for one in taken)}
+            rows = dict(counts.rows) | {ROUTER: sum(_tokens(*one) for one in labelled)}
             counts = replace(counts, rows=rows)
         self._counts = counts.over(self._sum)
         self._micro_batches = len(batches)
-        self._steps_shown += 1
+        self._steps_logged += 1
         return batches, items
 
     def _sum(self, values: Sequence[float]) -> list[float]:
@@ -192,8 +192,8 @@ class DistillationMixin:
             if accelerator.device.type != "cpu":
                 total = total.to(accelerator.device)
             total = accelerator.reduce(total, reduction="sum")
-        found: list[float] = total.tolist()
-        return found
+        sums: list[float] = total.tolist()
+        return sums
 
     # --- the loss ---
 
@@ -213,41 +213,44 @@ class DistillationMixin:
                 model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
             )
         batch = _targets(inputs)
-        shown = {name: value for name, value in inputs.items() if name not in (TARGETS, "labels")}
-        outputs = model(**shown)
+        model_inputs = {
+            name: value for name, value in inputs.items() if name not in (TARGETS, "labels")
+        }
+        outputs = model(**model_inputs)
         counts = self._counts if model.training else None
-        found = self.distillation.loss(outputs.logits, batch, inputs["labels"], counts)
-        loss = found.loss
+        step_share = self.distillation.loss(outputs.logits, batch, inputs["labels"], counts)
+        loss = step_share.loss
         if model.training:
-            shown = {"ce": found.ce, **{f"kd/{name}": found.kd[name] for name in found.kd}}
+            logged = {"ce": step_share.ce}
+            logged |= {f"kd/{name}": value for name, value in step_share.kd.items()}
             if self._balance and counts is not None:
                 share = _balance_of(outputs) * _tokens(batch, inputs["labels"])
-                shown[ROUTER] = share / max(counts.rows[ROUTER], 1)
-                loss = loss + self._balance * shown[ROUTER]
-            self._note(shown)
+                logged[ROUTER] = share / max(counts.rows[ROUTER], 1)
+                loss = loss + self._balance * logged[ROUTER]
+            self._add_logged(logged)
             # Gradients are averaged over the processes, but each has its share of a common mean.
             loss = loss * self.accelerator.num_processes  # type: ignore[attr-defined]
             if self._divides:
-                loss = loss * self._undone(num_items_in_batch)
+                loss = loss * self._undo_scale(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _undone(self, num_items_in_batch: Any) -> int:
+    def _undo_scale(self, num_items_in_batch: Any) -> int:
         """Return the number by which transformers before 5.19 will divide the loss."""
         scaled = self.model_accepts_loss_kwargs  # type: ignore[attr-defined]
         return 1 if scaled and num_items_in_batch is not None else self._micro_batches
 
-    def _note(self, shown: Mapping[str, Tensor]) -> None:
-        for name, value in shown.items():
-            self._shown[name] = self._shown.get(name, 0.0) + value.detach().float()
+    def _add_logged(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._logged[name] = self._logged.get(name, 0.0) + value.detach().float()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the mean cross-entropy and divergences over the steps since the last log."""
-        if "loss" in logs and self._shown:
-            steps = max(self._steps_shown, 1)
-            names = sorted(self._shown)
-            sums = self._sum([float(self._shown[name]) for name in names])
+        if "loss" in logs and self._logged:
+            steps = max(self._steps_logged, 1)
+            names = sorted(self._logged)
+            sums = self._sum([float(self._logged[name]) for name in names])
             logs |= {name: value / steps for name, value in zip(names, sums, strict=True)}
-            self._shown, self._steps_shown = {}, 0
+            self._logged, self._steps_logged = {}, 0
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -258,9 +261,9 @@ class DistillationMixin:
 
 
 def _targets(inputs: Mapping[str, Any]) -> Batch:
-    found = inputs.get(TARGETS)
-    if isinstance(found, Batch) and "labels" in inputs:
-        return found
+    batch = inputs.get(TARGETS)
+    if isinstance(batch, Batch) and "labels" in inputs:
+        return batch
     raise InputError(
         f"a batch has {', '.join(sorted(inputs))} and no targets ({TARGETS!r}, beside labels). "
         "Leave data_collator out, or let yours pass on everything that Distillation.collator() "
@@ -275,13 +278,13 @@ def _tokens(batch: Batch, labels: Tensor) -> int:
 
 def _balance_of(outputs: Any) -> Tensor:
     """Return the load-balancing loss of a pass, without its weight."""
-    found = getattr(outputs, "aux_loss", None)
-    if not isinstance(found, Tensor):
+    loss = getattr(outputs, "aux_loss", None)
+    if not isinstance(loss, Tensor):
         raise InputError(
             "the student's configuration has output_router_logits: true, but its output has no "
             "aux_loss, the load-balancing loss. Set it to false"
         )
-    return found
+    return loss
 
 
 def _check_data(data: object, collator: Any) -> None:
@@ -301,10 +304,10 @@ def _check_data(data: object, collator: Any) -> None:
     _targets(collator([first]))
 
 
-def _check_optimizer(given: Any) -> None:
+def _check_optimizer(optimizer: Any) -> None:
     """Raise InputError for an optimizer of only frozen parameters: nothing would be trained."""
-    groups = () if given is None else given.param_groups
-    if given is None or any(p.requires_grad for group in groups for p in group["params"]):
+    groups = () if optimizer is None else optimizer.param_groups
+    if optimizer is None or any(p.requires_grad for group in groups for p in group["params"]):
         return
     raise InputError(
         "the optimizer that was given holds no trained parameter: it was made before peft_config "
@@ -313,11 +316,11 @@ def _check_optimizer(given: Any) -> None:
     )
 
 
-def _check_evaluated(given: Any, collator: Any) -> None:
+def _check_eval_data(datasets: Any, collator: Any) -> None:
     """Raise InputError for data sets that our collator cannot read."""
-    if not isinstance(collator, TargetCollator) or given is None:
+    if not isinstance(collator, TargetCollator) or datasets is None:
         return
-    for data in given.values() if isinstance(given, Mapping) else [given]:
+    for data in datasets.values() if isinstance(datasets, Mapping) else [datasets]:
         if not isinstance(data, Shares):
             raise InputError(
                 f"eval_dataset is a {type(data).__name__}; the collator reads sequences of the "
@@ -325,7 +328,7 @@ def _check_evaluated(given: Any, collator: Any) -> None:
             )
 
 
-def _stand_in() -> Any:
+def _placeholder_dataset() -> Any:
     """Return the data set shown to TRL's SFTTrainer at construction: a row that looks tokenized."""
     from datasets import Dataset
     from datasets.table import InMemoryTable
@@ -334,7 +337,7 @@ def _stand_in() -> Any:
     return Dataset(row, fingerprint="rekindle")  # otherwise its content would be pickled for one
 
 
-def _epochs(data: Shares) -> Any:
+def _epoch_callback(data: Shares) -> Any:
     """Return a callback that sets the data set's epoch, also after a resume."""
     from transformers import TrainerCallback
 

@@ -252,8 +252,8 @@ def sample(targets: DecodedTargets, uniforms: Tensor, content: Tensor | None) ->
     mass = probs.double()
     if content is not None:
         rank = _ranks(ids, content)
-        others = len(content) - (rank < len(content)).sum(dim=1)
-        mass = torch.cat([mass, (tail.double() * (others > 0))[:, None]], dim=1)
+        tail_counts = len(content) - (rank < len(content)).sum(dim=1)
+        mass = torch.cat([mass, (tail.double() * (tail_counts > 0))[:, None]], dim=1)
     cumulative = mass.cumsum(dim=1)
     total = cumulative[:, -1:]
     # Keep below the total despite rounding: an outcome without mass is never chosen.
@@ -263,7 +263,7 @@ def sample(targets: DecodedTargets, uniforms: Tensor, content: Tensor | None) ->
     if content is None:
         return chosen
     in_tail = outcome[:, 0] == ids.shape[1]
-    return torch.where(in_tail, _outside(rank, content, others, uniforms[:, 1]), chosen)
+    return torch.where(in_tail, _outside(rank, content, tail_counts, uniforms[:, 1]), chosen)
 
 
 def _ranks(ids: Tensor, content: Tensor) -> Tensor:
@@ -273,13 +273,14 @@ def _ranks(ids: Tensor, content: Tensor) -> Tensor:
     return torch.where(is_content, ranks, len(content))
 
 
-def _outside(rank: Tensor, content: Tensor, others: Tensor, uniform: Tensor) -> Tensor:
-    """Choose one of the ``others`` [P] tokens of ``content`` whose rank is not in ``rank`` [P,K].
+def _outside(rank: Tensor, content: Tensor, tail_counts: Tensor, uniform: Tensor) -> Tensor:
+    """Choose a token [P] of ``content`` whose rank is not in ``rank`` [P,K], among ``tail_counts``
+    [P] of them.
 
     The n-th of them is at index n plus the number of kept ranks before it: the j-th smallest kept
     rank s_j comes before it if s_j − j ≤ n.
     """
-    number = (uniform * others).long().minimum(others - 1).clamp(min=0)
+    number = (uniform * tail_counts).long().minimum(tail_counts - 1).clamp(min=0)
     kept_ranks = rank.sort(dim=1).values
     is_before = (
         kept_ranks - torch.arange(kept_ranks.shape[1], device=kept_ranks.device) <= number[:, None]

@@ -161,9 +161,9 @@ def load_config(
 
 def adapt_config(config: "PretrainedConfig", directory: Path, auto_class: str) -> None:
     """Adapt a configuration that was read for no class to ``auto_class``: see load_config."""
-    whole = settings_folder(directory)
+    config_folder = settings_folder(directory)
     if auto_class.endswith("Classification") and quantised_by(read_settings(directory)) is None:
-        complete_labels(config, auto_class, stored_tensors(whole), whole)
+        complete_labels(config, auto_class, stored_tensors(config_folder), config_folder)
     if is_adapter(directory):
         complete_config(config, directory, auto_class)
 

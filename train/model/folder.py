@@ -194,9 +194,9 @@ def _check_label_numbers(names: object, path: Path) -> None:
     rule = 'It gives each output\'s number its name: {"0": "no", "1": "yes"}'
     if not isinstance(names, dict):
         raise InputError(f"{path}: id2label is a {type(names).__name__}, not an object. {rule}")
-    if strange := [key for key in names if not re.fullmatch(r"-?[0-9]+", key)]:
+    if not_numbers := [key for key in names if not re.fullmatch(r"-?[0-9]+", key)]:
         raise InputError(
-            f"{path}: id2label has the key {strange[0]!r}, which is not a number. {rule}"
+            f"{path}: id2label has the key {not_numbers[0]!r}, which is not a number. {rule}"
         )
 
 
@@ -368,7 +368,7 @@ def base_of(directory: Path) -> Path | None:
         raise InputError(f"{file} names no base (base_model_name_or_path)")
     path, adapter_folder = Path(name).expanduser(), directory.resolve()
     places = [path, *(folder / path for folder in (adapter_folder, *adapter_folder.parents))]
-    base_path = next((str(place) for place in places if place.is_dir()), str(path))
+    base_path = next((str(path_tried) for path_tried in places if path_tried.is_dir()), str(path))
     try:
         base = resolve_model(name if is_remote(name) else base_path)
     except InputError as error:

@@ -42,9 +42,9 @@ def log_unused_weights(directory: Path, model: "PreTrainedModel", names: Collect
     body = f"{model.base_model_prefix}."
     parts = sorted({name.rpartition(".")[0] for name in names if not name.startswith(body)})
     if parts:
-        more = ", …" if len(parts) > 3 else ""
+        ellipsis = ", …" if len(parts) > 3 else ""
         message = "%s: weights of heads that %s does not have are not used: %s%s"
-        log.info(message, directory, type(model).__name__, ", ".join(parts[:3]), more)
+        log.info(message, directory, type(model).__name__, ", ".join(parts[:3]), ellipsis)
 
 
 def copy_matching_weights(

@@ -163,14 +163,16 @@ def _has_ending(names: Collection[str], end: str) -> bool:
 
 
 def _check_embeddings_and_output(
-    subject: str, before: tuple[Any, Any], after: tuple[Any, Any]
+    subject: str, original: tuple[Any, Any], adapted: tuple[Any, Any]
 ) -> None:
     """Refuse an adapter of the input embeddings or the output matrix; they may be saved whole if
     they are two matrices.
     """
-    words, output = before
+    words, output = original
     tied = output is not None and getattr(words, "weight", 0) is getattr(output, "weight", 1)
-    for name, old, new in zip(("input embeddings", "output matrix"), before, after, strict=True):
+    for name, old, new in zip(
+        ("input embeddings", "output matrix"), original, adapted, strict=True
+    ):
         if new is old:
             continue
         if hasattr(new, "base_layer"):

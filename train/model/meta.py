@@ -185,12 +185,12 @@ def load_later(
 @contextmanager
 def _in_this_thread() -> Iterator[None]:
     """Let transformers load in this thread: what other threads do is not recorded."""
-    before = os.environ.get(IN_THREADS)
+    former_value = os.environ.get(IN_THREADS)
     os.environ[IN_THREADS] = "1"
     try:
         yield
     finally:
-        if before is None:
+        if former_value is None:
             del os.environ[IN_THREADS]
         else:
-            os.environ[IN_THREADS] = before
+            os.environ[IN_THREADS] = former_value

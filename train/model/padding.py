@@ -102,8 +102,8 @@ def padding_of_new(config: "PretrainedConfig", tokenizer: Tokenizer, subject: st
 
 def _never_in_text(tokenizer: Tokenizer) -> set[int]:
     """Return the special tokens that occur in sequences only as padding."""
-    others = (tokenizer.eos_id, tokenizer.mask_id, tokenizer.hf.unk_token_id)
-    return {*tokenizer.special_ids} - {*others, *tokenizer.prefix, *tokenizer.suffix}
+    used_specials = (tokenizer.eos_id, tokenizer.mask_id, tokenizer.hf.unk_token_id)
+    return {*tokenizer.special_ids} - {*used_specials, *tokenizer.prefix, *tokenizer.suffix}
 
 
 @cache

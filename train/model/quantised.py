@@ -69,8 +69,8 @@ def rounded(weight: Tensor) -> Tensor:
     """Return a matrix after rounding to four bits, as the computation sees it; float32."""
     from bitsandbytes import functional
 
-    packed, state = functional.quantize_4bit(weight.contiguous(), **_OPTIONS)
-    return functional.dequantize_4bit(packed, state)
+    four_bits, state = functional.quantize_4bit(weight.contiguous(), **_OPTIONS)
+    return functional.dequantize_4bit(four_bits, state)
 
 
 @torch.no_grad()

@@ -113,7 +113,7 @@ def _influence(model: "PreTrainedModel", length: int, of: int) -> float:
     rows[2, of] = ids[length]
     rows = rows.to(next(model.parameters()).device)
     logits = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits.float()
-    other_places = [place for place in range(length) if place != of]
+    other_places = [position for position in range(length) if position != of]
     first, repeated, changed = logits[:, other_places]
     # A model that draws at random (hashing, say) moves by itself; and a deep one with large states
     # at the first token (SmolLM2: 2e-5) rounds differently if a product is split differently.

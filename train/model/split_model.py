@@ -335,8 +335,8 @@ def _logit_changes(config: "PretrainedConfig") -> Iterator[tuple[float | None, f
     text = config.get_text_config()
 
     def configured(names: tuple[str, ...]) -> list[float]:
-        found = (getattr(text, name, None) or getattr(config, name, None) for name in names)
-        return [float(value) for value in found if value]
+        values = (getattr(text, name, None) or getattr(config, name, None) for name in names)
+        return [float(value) for value in values if value]
 
     multiplier, divisor = math.prod(configured(MULTIPLIERS)), math.prod(configured(DIVISORS))
     factors = dict.fromkeys([multiplier / divisor, multiplier * divisor, 1.0])

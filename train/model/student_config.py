@@ -190,18 +190,18 @@ class StudentConfig(Settings):
 
     @model_validator(mode="after")
     def _adapts_what_stays(self) -> "StudentConfig":
-        if why := lora_excludes(self):
-            raise ValueError(why)
+        if reason := lora_excludes(self):
+            raise ValueError(reason)
         return self
 
     @model_serializer(mode="wrap")
     def _as_before_there_were_adapters(
-        self, rest: SerializerFunctionWrapHandler
+        self, dump: SerializerFunctionWrapHandler
     ) -> dict[str, object]:
         """Leave unused newer keys out: earlier versions refuse unknown keys, and can continue runs
         without them.
         """
-        values: dict[str, object] = rest(self)
+        values: dict[str, object] = dump(self)
         for younger in ("lora", "embedding"):
             if getattr(self, younger) is None:
                 values.pop(younger, None)

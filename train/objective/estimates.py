@@ -58,8 +58,8 @@ def estimate_problems(term: DistillTerm, kinds: Sequence[VocabularyKind]) -> Ite
 
 def kinds_that_serve(divergence: str) -> str:
     """Return the names of the kinds from which a divergence may be learnt."""
-    found = [kind for kind in VOCABULARY_KINDS.values() if serves(kind, divergence)]
-    return ", ".join(f"{k.name} (with tail: bucket)" if k.has_tail else k.name for k in found)
+    serving = [kind for kind in VOCABULARY_KINDS.values() if serves(kind, divergence)]
+    return ", ".join(f"{k.name} (with tail: bucket)" if k.has_tail else k.name for k in serving)
 
 
 def _has_tail(kind: VocabularyKind, term: DistillTerm) -> bool:

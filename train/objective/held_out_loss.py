@@ -22,7 +22,7 @@ from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.train.config import DistillTerm
 from rekindle.train.distributed import World
 from rekindle.train.objective.objective import Objective
-from rekindle.train.objective.ranking import RankedRows, groups_of, own_scores, ranking_loss
+from rekindle.train.objective.ranking import RankedRows, groups_of, ranking_loss, score_sequences
 from rekindle.train.objective.selection import names_of
 from rekindle.train.objective.vector_loss import HeldOutVectors
 from rekindle.train.student import Student
@@ -50,64 +50,70 @@ class HeldOutLoss:
         self._vectors = HeldOutVectors()
         self._ranked: dict[str, list[Scored]] = {}  # by term, the rows of the parts
 
-    def add(self, student: Student, batch: Batch, device: torch.device, known: Sums) -> None:
-        """Add a batch that has all its targets. ``known``: sums of unweighted losses that the
+    def add(self, student: Student, batch: Batch, device: torch.device, known_sums: Sums) -> None:
+        """Add a batch that has all its targets. ``known_sums``: sums of unweighted losses that the
         evaluation has formed anyway; they are not computed again.
         """
         objective, plan = self.objective, self.plan
         batch = objective.select(batch, plan)
         counts = objective.counts(batch, plan)
         if plan.hard > 0:
-            self._put("ce", plan.hard * known["ce"][0], known["ce"][1])
-        left: list[tuple[DistillTerm, float]] = []
+            self._add_sum("ce", plan.hard * known_sums["ce"][0], known_sums["ce"][1])
+        other_terms: list[tuple[DistillTerm, float]] = []
         for term, weight in plan.terms:
             names = dict.fromkeys(names_of(term).values())
             if term.ranking is not None:
                 self._add_ranked(student, batch, term, device)
-            elif self._compares(term):
+            elif self._compares_rows(term):
                 self._vectors.add(student, objective.task, batch, term, device)
-            elif names.keys() <= known.keys():
+            elif names.keys() <= known_sums.keys():
                 for name in names:
-                    self._put(name, weight * term.temperature**2 * known[name][0], known[name][1])
+                    self._add_sum(
+                        name,
+                        weight * term.temperature**2 * known_sums[name][0],
+                        known_sums[name][1],
+                    )
             else:
-                left.append((term, weight))
-        found = self._sums_of(student, batch, left, device)
+                other_terms.append((term, weight))
+        sums = self._term_sums(student, batch, other_terms, device)
         for method, weight in plan.methods:
             if method.evaluates_losses:
-                own = dict.fromkeys(f"{method.name}/{name}" for name in method.count(batch))
-                found |= {name: weight * known[name][0] for name in own}
+                names = dict.fromkeys(f"{method.name}/{name}" for name in method.count(batch))
+                sums |= {name: weight * known_sums[name][0] for name in names}
                 continue
             for name, loss, _ in method.losses(student, batch, plan.step, device):
-                found[f"{method.name}/{name}"] = weight * float(loss)
-        for name, total in found.items():
-            self._put(name, total, counts.rows[name])
+                sums[f"{method.name}/{name}"] = weight * float(loss)
+        for name, total in sums.items():
+            self._add_sum(name, total, counts.rows[name])
 
     def join(self, world: World) -> None:
         """Add the sums of the other processes."""
-        every = world.gather((self._sums, self._ranked, self._vectors))
-        self._sums = added(sums for sums, _, _ in every)
-        names = dict.fromkeys(name for _, ranked, _ in every for name in ranked)
-        each = [ranked for _, ranked, _ in every]
-        self._ranked = {n: [r for ranked in each for r in ranked.get(n, ())] for n in names}
-        self._vectors.join([vectors for _, _, vectors in every])
+        gathered = world.gather((self._sums, self._ranked, self._vectors))
+        self._sums = add_sums(sums for sums, _, _ in gathered)
+        names = dict.fromkeys(name for _, ranked, _ in gathered for name in ranked)
+        ranked_by_process = [ranked for _, ranked, _ in gathered]
+        self._ranked = {
+            n: [r for ranked in ranked_by_process for r in ranked.get(n, ())] for n in names
+        }
+        self._vectors.join([vectors for _, _, vectors in gathered])
 
     def mean(self) -> float | None:
         """Return the objective over all batches; None if none of its terms had a row."""
-        parts = [total / rows for total, rows in self._sums.values() if rows]
+        losses = [total / rows for total, rows in self._sums.values() if rows]
         for term, weight in self.plan.terms:
-            if self._compares(term) and (found := self._vectors.mean(term)) is not None:
-                parts.append(weight * found)
+            if self._compares_rows(term) and (mean := self._vectors.mean(term)) is not None:
+                losses.append(weight * mean)
             for name in term.teachers:
                 if term.ranking is not None and name in self._ranked:
-                    parts.append(weight * ranked_loss(self._ranked[name], term))
-        return float(sum(parts)) if parts else None
+                    losses.append(weight * ranked_loss(self._ranked[name], term))
+        return float(sum(losses)) if losses else None
 
-    def _compares(self, term: DistillTerm) -> bool:
+    def _compares_rows(self, term: DistillTerm) -> bool:
         """Return whether a loss of vectors compares the sequences with each other."""
         info = self.objective.teachers[term.teachers[0]]
         return info.kind == "embedding" and term.of_vectors.compares_rows
 
-    def _sums_of(
+    def _term_sums(
         self,
         student: Student,
         batch: Batch,
@@ -127,14 +133,14 @@ class HeldOutLoss:
             if self.objective.teachers[term.teachers[0]].is_vocabulary
             for name in names_of(term).values()
         }
-        found: dict[str, float] = {}
+        sums: dict[str, float] = {}
 
         def add(name: str, loss: Tensor | None, shown: Tensor) -> None:
             value = shown * factors[name] if name in factors else loss
-            found[name] = found.get(name, 0.0) + (0.0 if value is None else float(value))
+            sums[name] = sums.get(name, 0.0) + (0.0 if value is None else float(value))
 
         self.objective.add_terms(student, batch, ones, plan, device, add)
-        return found
+        return sums
 
     def _add_ranked(
         self, student: Student, batch: Batch, term: DistillTerm, device: torch.device
@@ -143,16 +149,16 @@ class HeldOutLoss:
         assert term.ranking is not None
         for name in term.teachers:
             rows = RankedRows.of(batch, name, term.ranking.group)
-            found = own_scores(student, self.objective.task, batch, term, name, device)
+            scores = score_sequences(student, self.objective.task, batch, term, name, device)
             if len(rows.keys):
-                own = found.double().cpu().numpy()
-                self._ranked.setdefault(name, []).append((rows, own))
+                values = scores.double().cpu().numpy()
+                self._ranked.setdefault(name, []).append((rows, values))
 
-    def _put(self, name: str, total: float, rows: int) -> None:
+    def _add_sum(self, name: str, total: float, rows: int) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + np.array([total, rows], np.float64)
 
 
-def added(parts: Iterable[Mapping[Key, NDArray[np.float64]]]) -> dict[Key, NDArray[np.float64]]:
+def add_sums(parts: Iterable[Mapping[Key, NDArray[np.float64]]]) -> dict[Key, NDArray[np.float64]]:
     """Return the sums of the values under each name."""
     total: dict[Key, NDArray[np.float64]] = {}
     for part in parts:
@@ -165,9 +171,22 @@ def ranked_loss(parts: Sequence[Scored], term: DistillTerm) -> float:
     """Return a term's ranking loss over all scored rows, as if they were one step."""
     assert term.ranking is not None
     rows = RankedRows.joined([rows for rows, _ in parts])
-    own = torch.from_numpy(np.concatenate([scores for _, scores in parts]))
-    groups, wanted = groups_of(rows, term.temperature), torch.from_numpy(rows.wanted)
-    return float(ranking_loss(own, wanted, rows, groups, len(own), term.ranking, term.temperature))
+    student_scores = torch.from_numpy(np.concatenate([scores for _, scores in parts]))
+    groups, teacher_scores = (
+        groups_of(rows, term.temperature),
+        torch.from_numpy(rows.teacher_scores),
+    )
+    return float(
+        ranking_loss(
+            student_scores,
+            teacher_scores,
+            rows,
+            groups,
+            len(student_scores),
+            term.ranking,
+            term.temperature,
+        )
+    )
 
 
 def known_term(terms: Mapping[str, DistillTerm], name: str, target: TokenTargetBatch) -> str | None:

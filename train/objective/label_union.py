@@ -38,17 +38,16 @@ class LabelUnion:
         names: dict[str, int] = {}
         places = {}
         for expert in experts:
-            own = _labels(expert)
+            labels = _labels(expert)
             if overlap == "apart":
-                own = tuple(f"{expert.name}/{name}" for name in own)
-            elif all(re.fullmatch(r"LABEL_\d+", name) for name in own) and len(experts) > 1:
+                labels = tuple(f"{expert.name}/{name}" for name in labels)
+            elif all(re.fullmatch(r"LABEL_\d+", name) for name in labels) and len(experts) > 1:
                 raise InputError(
-                    f"the classes of teacher {expert.name!r} have no names ({own[0]} …), but "
-                    "equal "
-                    "names would become one label. Name them (id2label in its config.json), or "
-                    "use labels: apart"
+                    f"the classes of teacher {expert.name!r} have no names ({labels[0]} …), but "
+                    "equal names would become one label. Name them (id2label in its config.json), "
+                    "or use labels: apart"
                 )
-            places[expert.name] = tuple(names.setdefault(name, len(names)) for name in own)
+            places[expert.name] = tuple(names.setdefault(name, len(names)) for name in labels)
         return cls(tuple(names), places)
 
     def pad(self, expert: str, probs: Tensor) -> Tensor:
@@ -56,7 +55,7 @@ class LabelUnion:
         places = send(np.array(self.places[expert], np.int64), probs.device)
         return probs.new_zeros(len(probs), len(self.names)).index_copy_(1, places, probs)
 
-    def mixed(self, logits: Mapping[str, Tensor], weights: Tensor, temperature: float) -> Tensor:
+    def mix(self, logits: Mapping[str, Tensor], weights: Tensor, temperature: float) -> Tensor:
         """Return Σ_j w_j · pad_j(softmax(z_j/τ)) [B,U], of ``logits`` z_j [B,C_j] and ``weights``
         w [B,J].
         """
@@ -66,14 +65,14 @@ class LabelUnion:
         ]
         return torch.stack(parts).sum(dim=0)
 
-    def concatenated(self, logits: Mapping[str, Tensor], temperature: float) -> Tensor:
+    def concatenate(self, logits: Mapping[str, Tensor], temperature: float) -> Tensor:
         """Return the softmax over all experts' logits z_j [B,C_j] side by side, among all labels
         [B,U].
 
         Labels that share a place add up. ``logits`` in the order of the experts.
         """
         probs = torch.softmax(torch.cat(list(logits.values()), dim=1) / temperature, dim=1)
-        places = [place for own in self.places.values() for place in own]
+        places = [place for expert_places in self.places.values() for place in expert_places]
         index = send(np.array(places, np.int64), probs.device)
         return probs.new_zeros(len(probs), len(self.names)).index_add_(1, index, probs)
 

@@ -38,9 +38,9 @@ def head_loss(
     the rows; without targets only the cross-entropy.
     """
     if targets is None:
-        nothing = torch.full((len(hidden), 1), -1, device=hidden.device)
-        no_probs = torch.zeros(nothing.shape, device=hidden.device)
-        targets = DecodedTargets(nothing, no_probs, no_probs[:, 0])
+        no_ids = torch.full((len(hidden), 1), -1, device=hidden.device)
+        no_probs = torch.zeros(no_ids.shape, device=hidden.device)
+        targets = DecodedTargets(no_ids, no_probs, no_probs[:, 0])
         options["kd_weight"] = 0.0
     options |= {"reduction": "sum", "softcap": head.softcap, "logit_scale": head.logit_scale}
     return linear_kd_loss(hidden, head.weight, targets, bias=head.bias, **options)
@@ -58,15 +58,15 @@ class Lesson:
     row_weight: Tensor | None = None  # [n] 1 or 0: which of them are taught
 
     @property
-    def kept(self) -> int:
+    def ids_per_row(self) -> int:
         """Return the number of ids per row that the targets list."""
         return self.targets.ids.shape[1] if isinstance(self.targets, SparseKinds) else 0
 
     def joins(self, other: "Lesson") -> bool:
         """Return whether both can be taught in one call, which reads the logits once for both."""
-        asked = ((t.temperature, t.divergence, t.tail, t.skew) for t in (self.term, other.term))
+        settings = ((t.temperature, t.divergence, t.tail, t.skew) for t in (self.term, other.term))
         return (
-            len(set(asked)) == 1
+            len(set(settings)) == 1
             and self.row_weight is other.row_weight is None
             and isinstance(self.targets, SparseKinds)
             and isinstance(other.targets, SparseKinds)
@@ -74,14 +74,17 @@ class Lesson:
         )
 
 
-def calls_of(lessons: Sequence[Lesson]) -> list[list[Lesson]]:
+def group_calls(lessons: Sequence[Lesson]) -> list[list[Lesson]]:
     """Group lessons into calls: in order, but each joins the first call that it can. A call has at
     most as many ids as the kernels take.
     """
     calls: list[list[Lesson]] = []
     for lesson in lessons:
         for call in calls:
-            if call[0].joins(lesson) and sum(each.kept for each in (*call, lesson)) <= MAX_KEPT:
+            if (
+                call[0].joins(lesson)
+                and sum(each.ids_per_row for each in (*call, lesson)) <= MAX_KEPT
+            ):
                 call.append(lesson)
                 break
         else:
@@ -104,48 +107,52 @@ class LanguageLoss:
         hard: float,
         terms: Sequence[tuple[DistillTerm, float]],
         add: Add,
-        apart: bool = False,
+        separate: bool = False,
     ) -> None:
         """Call ``add(name, loss, shown)`` for each distillation loss, and for the cross-entropy
-        with weight ``hard``; ``apart``: in a call of its own.
+        with weight ``hard``; ``separate``: each in a call of its own.
         """
         # rows whose cross-entropy is still to be formed
         open_rows = np.full(len(self.rows.keys), hard > 0)
-        labelled = max(self.counts.labels, 1)
-        lessons = [found for term, weight in terms for found in self._lessons(term, weight)]
-        for call in [[each] for each in lessons] if apart else calls_of(lessons):
+        label_count = max(self.counts.labels, 1)
+        lessons = [lesson for term, weight in terms for lesson in self._lessons(term, weight)]
+        for call in [[each] for each in lessons] if separate else group_calls(lessons):
             lesson = call[0]
-            joined = lesson.row_weight is None and not apart
-            due = open_rows[lesson.rows] if joined else np.zeros(1, bool)
-            loss = self._taught(call, due, hard / labelled)
+            joined = lesson.row_weight is None and not separate
+            with_ce = open_rows[lesson.rows] if joined else np.zeros(1, bool)
+            loss = self._call_loss(call, with_ce, hard / label_count)
             for number, each in enumerate(call):
-                shown = (loss.kd[number] if len(call) > 1 else loss.kd) / self._rows_of(each)
+                shown = (loss.kd[number] if len(call) > 1 else loss.kd) / self._row_count(each)
                 add(each.name, None if number else loss.loss, shown)
-            if due.any():
-                add("ce", None, loss.ce / labelled)
+            if with_ce.any():
+                add("ce", None, loss.ce / label_count)
                 open_rows[lesson.rows] = False
         if hard > 0 and (open_rows.any() or not terms):
-            hidden, labels = self._at(np.flatnonzero(open_rows), self.hidden, self.rows.labels)
-            loss = head_loss(hidden, self.head, None, labels=labels, ce_weight=hard / labelled)
-            add("ce", loss.loss, loss.ce / labelled)
+            hidden, labels = self._select(np.flatnonzero(open_rows), self.hidden, self.rows.labels)
+            loss = head_loss(hidden, self.head, None, labels=labels, ce_weight=hard / label_count)
+            add("ce", loss.loss, loss.ce / label_count)
 
-    def _rows_of(self, lesson: Lesson) -> int:
+    def _row_count(self, lesson: Lesson) -> int:
         return max(self.counts.rows[lesson.name], 1)
 
-    def _taught(self, call: Sequence[Lesson], due: NDArray[np.bool_], ce_weight: float) -> KDLoss:
-        """Return the loss of lessons in one call, with the cross-entropy of their ``due`` rows."""
-        lesson, weights = call[0], [each.weight / self._rows_of(each) for each in call]
-        together = [each.targets for each in call if isinstance(each.targets, SparseKinds)]
-        hidden, own = self._at(lesson.rows, self.hidden, self.rows.labels)
+    def _call_loss(
+        self, call: Sequence[Lesson], with_ce: NDArray[np.bool_], ce_weight: float
+    ) -> KDLoss:
+        """Return the loss of lessons in one call; rows of ``with_ce`` add their cross-entropy."""
+        lesson, weights = call[0], [each.weight / self._row_count(each) for each in call]
+        joined_targets = [each.targets for each in call if isinstance(each.targets, SparseKinds)]
+        hidden, row_labels = self._select(lesson.rows, self.hidden, self.rows.labels)
         labels = None
-        if due.any():
-            labels = own if due.all() else own.masked_fill(send(~due, self.device), IGNORED)
+        if with_ce.any():
+            labels = row_labels
+            if not with_ce.all():
+                labels = row_labels.masked_fill(send(~with_ce, self.device), IGNORED)
         return head_loss(
             hidden,
             self.head,
-            together if len(call) > 1 else lesson.targets,
+            joined_targets if len(call) > 1 else lesson.targets,
             labels=labels,
-            ce_weight=ce_weight if due.any() else 0.0,
+            ce_weight=ce_weight if with_ce.any() else 0.0,
             kd_weight=weights if len(call) > 1 else weights[0],
             temperature=lesson.term.temperature,
             divergence=lesson.term.divergence,
@@ -154,7 +161,7 @@ class LanguageLoss:
             row_weight=lesson.row_weight,
         )
 
-    def _at(self, rows: Rows, *values: Tensor) -> list[Tensor]:
+    def _select(self, rows: Rows, *values: Tensor) -> list[Tensor]:
         """Return ``values`` [P,…] at the rows; all rows without a copy."""
         if len(rows) == len(self.rows.keys):
             return list(values)
@@ -162,19 +169,19 @@ class LanguageLoss:
         return [value[index] for value in values]
 
     def _lessons(self, term: DistillTerm, weight: float) -> list[Lesson]:
-        named = names_of(term)
+        loss_names = names_of(term)
         if term.combine == "mixture" and len(term.teachers) > 1:
             targets, rows = self._mixture(term)
-            return [Lesson(named[term.teachers[0]], term, weight, targets, rows)]
+            return [Lesson(loss_names[term.teachers[0]], term, weight, targets, rows)]
         lessons = []
         for name in term.teachers:
             target = self._target(term, name)
             rows = self.rows.match(target, self.width)
-            taught = kd_targets(target, term.temperature, term.k, self.device)
-            chosen = None
+            decoded = kd_targets(target, term.temperature, term.k, self.device)
+            row_weight = None
             if term.entropy_fraction is not None:
-                chosen = self._least_certain(target.rows, rows, term.entropy_fraction)
-            lessons.append(Lesson(named[name], term, weight, taught, rows, chosen))
+                row_weight = self._least_certain(target.rows, rows, term.entropy_fraction)
+            lessons.append(Lesson(loss_names[name], term, weight, decoded, rows, row_weight))
         return lessons
 
     def _target(self, term: DistillTerm, name: str) -> TokenTargetBatch:
@@ -205,7 +212,7 @@ class LanguageLoss:
         """
         head = self.head
         with torch.no_grad():
-            (hidden,) = self._at(rows, self.hidden)
+            (hidden,) = self._select(rows, self.hidden)
             entropy = row_entropy(
                 hidden, head.weight, head.bias, softcap=head.softcap, logit_scale=head.logit_scale
             )
@@ -215,7 +222,7 @@ class LanguageLoss:
             # In `order` the sequences come one after another, as in `sequences`: the place of each
             # position within its sequence is known on the host.
             first = np.searchsorted(sequences, sequences)
-            wanted = np.arange(len(sequences)) - first < taught_per_sequence(sequences, fraction)
+            is_taught = np.arange(len(sequences)) - first < taught_per_sequence(sequences, fraction)
             return torch.zeros_like(entropy).index_copy_(
-                0, order, send(wanted, self.device).to(entropy.dtype)
+                0, order, send(is_taught, self.device).to(entropy.dtype)
             )

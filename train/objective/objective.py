@@ -81,7 +81,7 @@ class Objective:
                 "does: hard.weight is 0 at the first step, and no vocabulary teacher has a "
                 "weight. Leave warm_head_steps out"
             )
-        for step, when in self._changes():
+        for step, when in self._steps_to_check():
             if not any(self.plan(step).weights):
                 raise InputError(
                     f"train.objective: {when} every weight is 0, so nothing is trained. Give "
@@ -89,7 +89,7 @@ class Objective:
                     "earlier"
                 )
 
-    def _changes(self) -> Iterator[tuple[int, str]]:
+    def _steps_to_check(self) -> Iterator[tuple[int, str]]:
         """Yield the steps after which a weight may stay 0, the last step first, each with its name
         in messages.
         """
@@ -106,8 +106,8 @@ class Objective:
 
     def _weights(self) -> list[Weight]:
         """Return the weights of the cross-entropy, of each term and of each method."""
-        given = [self.config.hard.weight, *(term.weight for term in self.config.distill)]
-        return given + [method.settings.weight for method in self.methods]
+        weights = [self.config.hard.weight, *(term.weight for term in self.config.distill)]
+        return weights + [method.settings.weight for method in self.methods]
 
     @property
     def heads(self) -> dict[str, HeadConfig]:
@@ -116,22 +116,22 @@ class Objective:
         return {name: head for heads in each for name, head in heads.items()}
 
     @property
-    def taught(self) -> set[str]:
+    def taught_teachers(self) -> set[str]:
         """Return the teachers with a weight above 0 at some step."""
         # Every schedule rises or falls throughout: it is 0 at both ends only if it is 0 everywhere.
-        ends = self._ends
-        methods = {method.name: method for plan in ends for method, _ in plan.methods}
-        read = {name for method in methods.values() for name in method.teachers}
-        return read | {name for plan in ends for term in plan.distilled for name in term.teachers}
+        plans = self._end_plans
+        methods = {method.name: method for plan in plans for method, _ in plan.methods}
+        taught = {name for method in methods.values() for name in method.teachers}
+        return taught.union(*(term.teachers for plan in plans for term in plan.distilled))
 
     @property
     def reads_masks(self) -> bool:
         """Return whether any of its losses is on masked text, if the student is a masked LM."""
         return any(
             plan.methods
-            or self._by_pass(plan).reads_text(plan.hard)
+            or self._group_by_pass(plan).reads_text(plan.hard)
             or any(term.positions == "masked" for term in plan.distilled)
-            for plan in self._ends
+            for plan in self._end_plans
         )
 
     def plan(self, step: int) -> StepPlan:
@@ -147,13 +147,15 @@ class Objective:
             tuple((method, weight) for method, weight in methods if weight > 0),
             (hard, *weights),
         )
-        return self._of_the_head(plan) if step < self.head_steps else plan
+        return self._head_only(plan) if step < self.head_steps else plan
 
-    def _of_the_head(self, plan: StepPlan) -> StepPlan:
+    def _head_only(self, plan: StepPlan) -> StepPlan:
         """Return the part of a plan that trains the language model's own head."""
-        kept = [self.teachers[t.teachers[0]].is_vocabulary for t in self.config.distill]
-        kept += [False] * len(self.methods)
-        weights = [w if keep else 0.0 for w, keep in zip(plan.weights[1:], kept, strict=True)]
+        trains_head = [self.teachers[t.teachers[0]].is_vocabulary for t in self.config.distill]
+        trains_head += [False] * len(self.methods)
+        weights = [
+            w if keep else 0.0 for w, keep in zip(plan.weights[1:], trains_head, strict=True)
+        ]
         terms = tuple(
             (term, weight)
             for term, weight in plan.terms
@@ -162,7 +164,7 @@ class Objective:
         return replace(plan, terms=terms, methods=(), weights=(plan.hard, *weights))
 
     @property
-    def _ends(self) -> list[StepPlan]:
+    def _end_plans(self) -> list[StepPlan]:
         """Return plans such that whatever has a weight at some step has one in one of them."""
         return [self.plan(0), self.plan(self.head_steps), self.last]
 
@@ -177,7 +179,7 @@ class Objective:
         cross-entropy or by vocabulary teachers. If not, its cross-entropy would be that of an
         untrained head.
         """
-        return any(plan.hard > 0 or self._by_pass(plan).language for plan in self._ends)
+        return any(plan.hard > 0 or self._group_by_pass(plan).language for plan in self._end_plans)
 
     def select(self, batch: Batch, plan: StepPlan) -> Batch:
         """Return the batch with only the targets that the step's terms use."""
@@ -190,17 +192,17 @@ class Objective:
         for method, _ in plan.methods:
             rows |= {f"{method.name}/{name}": n for name, n in method.count(batch).items()}
         # Each micro-batch has a share of it, by its tokens.
-        if self.balance and self._by_pass(plan).reads_text(plan.hard):
+        if self.balance and self._group_by_pass(plan).reads_text(plan.hard):
             rows[ROUTER] = int(batch.lengths.sum())
         return replace(counts, rows=rows)
 
-    def shown(self, counts: Counts, plan: StepPlan) -> list[str]:
+    def loss_names(self, counts: Counts, plan: StepPlan) -> list[str]:
         """Return the names of the losses that the step has rows for, in a fixed order, and of their
         gradients if they are measured.
         """
         names = ["ce"] if plan.hard > 0 and counts.labels else []
         names += [name for name, rows in sorted(counts.rows.items()) if rows]
-        return names + [PULL + name for name in names if self._measures(plan)]
+        return names + [PULL + name for name in names if self._measures_pulls(plan)]
 
     def loss(
         self, student: Student, batch: Batch, counts: Counts, plan: StepPlan, device: torch.device
@@ -212,19 +214,19 @@ class Objective:
         gradient: if no row here has a loss, another process's may have one, and all must take part
         in its backward pass.
         """
-        if not self._measures(plan):
+        if not self._measures_pulls(plan):
             return self._loss(student, batch, counts, plan, device)
         recorded = RecordedPasses()
         with student.through(recorded):
-            found = self._loss(student, batch, counts, plan, device)
+            step_loss = self._loss(student, batch, counts, plan, device)
 
-        def form(add: Add) -> None:
-            self._add_each(student, batch, counts, plan, device, add, apart=True)
+        def form_terms(add: Add) -> None:
+            self._add_each(student, batch, counts, plan, device, add, separate=True)
 
-        pulls = squared_pulls(student, recorded.passes, form, device)
-        return found._replace(terms=found.terms | pulls)
+        pulls = squared_pulls(student, recorded.passes, form_terms, device)
+        return step_loss._replace(terms=step_loss.terms | pulls)
 
-    def _measures(self, plan: StepPlan) -> bool:
+    def _measures_pulls(self, plan: StepPlan) -> bool:
         return self.measure_every is not None and plan.step % self.measure_every == 0
 
     def _loss(
@@ -239,9 +241,9 @@ class Objective:
 
         self._add_each(student, batch, counts, plan, device, add)
         if not total.requires_grad:
-            words = student.model.get_input_embeddings().weight
-            alone = next(iter(student.own_head.values()), words)
-            total = total + 0.0 * (alone if plan.step < self.head_steps else words)[0].sum()
+            embeddings = student.model.get_input_embeddings().weight
+            trained = next(iter(student.own_head.values()), embeddings)
+            total = total + 0.0 * (trained if plan.step < self.head_steps else embeddings)[0].sum()
         return StepLoss(total, terms)
 
     def _add_each(
@@ -252,10 +254,10 @@ class Objective:
         plan: StepPlan,
         device: torch.device,
         add: Add,
-        apart: bool = False,
+        separate: bool = False,
     ) -> None:
         """Call ``add(name, loss, shown)`` for all terms of a plan, including its methods'."""
-        self.add_terms(student, batch, counts, plan, device, add, apart)
+        self.add_terms(student, batch, counts, plan, device, add, separate)
         for method, weight in plan.methods:
             for name, loss, shown in method.losses(student, batch, plan.step, device):
                 scale = 1.0 / max(counts.rows[f"{method.name}/{name}"], 1)
@@ -269,43 +271,43 @@ class Objective:
         plan: StepPlan,
         device: torch.device,
         add: Add,
-        apart: bool = False,
+        separate: bool = False,
     ) -> None:
         """Call ``add(name, loss, shown)`` for the cross-entropy and the terms of a plan, without
-        its methods. ``apart``: the cross-entropy in a loss of its own.
+        its methods. ``separate``: the cross-entropy in a loss of its own.
         """
-        passes = self._by_pass(plan)
+        passes = self._group_by_pass(plan)
         if passes.reads_text(plan.hard):
             rows = language_rows(batch, self.task, device)
-            output = self._imitate(
+            output = self._run_task_heads(
                 student, rows.inputs, batch, passes.joined, counts, add, rows.select
             )
             assert output.hidden is not None
             language_loss = LanguageLoss(batch, rows, output.hidden, student.output_head, counts)
-            language_loss.add_all(plan.hard, passes.language, add, apart)
+            language_loss.add_all(plan.hard, passes.language, add, separate)
             # Only once, for this pass; it is not a loss of what a head reads.
-            if self.balance and output.balance is not None and not apart:
+            if self.balance and output.balance is not None and not separate:
                 tokens = int(batch.lengths.sum())
                 share = output.balance * (tokens / max(counts.rows[ROUTER], 1))
                 add(ROUTER, share * self.balance, share)
-        for view, own in sorted(passes.by_view.items()):
+        for view, view_terms in sorted(passes.by_view.items()):
             inputs = inputs_of(batch, view, device)
-            self._imitate(student, inputs, batch, own, counts, add)
+            self._run_task_heads(student, inputs, batch, view_terms, counts, add)
 
-    def _by_pass(self, plan: StepPlan) -> "_Passes":
-        found = _Passes([], [], {})
+    def _group_by_pass(self, plan: StepPlan) -> "_Passes":
+        passes = _Passes([], [], {})
         for term, weight in plan.terms:
             teacher = self.teachers[term.teachers[0]]
             paired = teacher.view_class.paired
             if teacher.is_vocabulary:
-                found.language.append((term, weight))
+                passes.language.append((term, weight))
             elif not paired and (term.view == "masked" or self.task == "causal_lm"):
-                found.joined.append((term, weight))
+                passes.joined.append((term, weight))
             else:
-                found.by_view.setdefault(teacher.view if paired else "", []).append((term, weight))
-        return found
+                passes.by_view.setdefault(teacher.view if paired else "", []).append((term, weight))
+        return passes
 
-    def _imitate(
+    def _run_task_heads(
         self,
         student: Student,
         inputs: Mapping[str, Tensor],
@@ -327,7 +329,7 @@ def _check_shared(
     terms: Sequence[DistillTerm], methods: Sequence[Method], teachers: Mapping[str, TeacherInfo]
 ) -> None:
     """Check that no method reads a teacher whose targets a distill term reduces."""
-    picked = {
+    reduced_teachers = {
         name
         for term in terms
         for name in term.teachers
@@ -337,7 +339,7 @@ def _check_shared(
         or teachers[name].sees_clean_text
     }
     for method in methods:
-        for name in sorted(picked & set(method.teachers)):
+        for name in sorted(reduced_teachers & set(method.teachers)):
             raise InputError(
                 f"train.objective: the method {method.name!r} reads teacher {name!r}, but a "
                 "distill term uses only a part of its targets (combine: route, positions: masked, "

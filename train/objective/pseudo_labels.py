@@ -36,28 +36,30 @@ def sure_rows(
 ) -> NDArray[np.bool_]:
     """Return which rows [R] of logits [R,C] the expert is sure of."""
     if info.problem == "multi_label_classification":
-        found: NDArray[np.bool_] = np.any(np.abs(logits) >= _least_logit(confidence), axis=1)
-        return found
+        has_sure: NDArray[np.bool_] = np.any(np.abs(logits) >= _least_logit(confidence), axis=1)
+        return has_sure
     wide = logits.astype(np.float64)
     largest = 1 / np.exp(wide - wide.max(axis=1, keepdims=True)).sum(axis=1)
-    sure: NDArray[np.bool_] = largest >= _or_default(confidence)
-    return sure
+    is_sure: NDArray[np.bool_] = largest >= _or_default(confidence)
+    return is_sure
 
 
 def pseudo_label_loss(
-    logits: Tensor, wanted: Tensor, info: TeacherInfo, confidence: float | None
+    logits: Tensor, teacher_logits: Tensor, info: TeacherInfo, confidence: float | None
 ) -> Tensor:
-    """Return the cross-entropy of ``logits`` [R,C] on the answers of ``wanted`` [R,C], summed over
-    rows.
+    """Return the cross-entropy of ``logits`` [R,C] on the answers of ``teacher_logits`` [R,C],
+    summed over rows.
 
     The rows are those of ``confident_only``. If several labels may hold, those that the expert is
     not sure of have no loss; a row's loss is their sum divided by C.
     """
     if info.problem != "multi_label_classification":
-        return F.cross_entropy(logits, wanted.argmax(dim=1), reduction="sum")
-    sure = wanted.abs() >= _least_logit(confidence)
-    losses = F.binary_cross_entropy_with_logits(logits, (wanted > 0).float(), reduction="none")
-    return torch.where(sure, losses, 0.0).sum() / logits.shape[1]
+        return F.cross_entropy(logits, teacher_logits.argmax(dim=1), reduction="sum")
+    is_sure = teacher_logits.abs() >= _least_logit(confidence)
+    losses = F.binary_cross_entropy_with_logits(
+        logits, (teacher_logits > 0).float(), reduction="none"
+    )
+    return torch.where(is_sure, losses, 0.0).sum() / logits.shape[1]
 
 
 def _or_default(confidence: float | None) -> float:
@@ -66,7 +68,7 @@ def _or_default(confidence: float | None) -> float:
 
 def _least_logit(confidence: float | None) -> float:
     """Return the least |z| for which max(σ(z), 1 − σ(z)) reaches the confidence."""
-    sure = _or_default(confidence)
-    if sure <= 0.5:
+    probability = _or_default(confidence)
+    if probability <= 0.5:
         return 0.0
-    return math.log(sure / (1 - sure)) if sure < 1 else math.inf
+    return math.log(probability / (1 - probability)) if probability < 1 else math.inf

@@ -27,13 +27,13 @@ HARD = "ce"
 def squared_pulls(
     student: StudentNetwork,
     passes: Sequence[Pass],
-    form: Callable[[Add], None],
+    form_terms: Callable[[Add], None],
     device: torch.device,
 ) -> dict[str, Tensor]:
     """Return the squared norm [] of each term's gradient in a micro-batch, by PULL plus its name.
 
-    ``passes``: those of the micro-batch's loss; ``form(add)`` forms its terms again, one by one. A
-    term that depends on no state of a head has none. Dropout in a task head is drawn anew.
+    ``passes``: those of the micro-batch's loss; ``form_terms(add)`` forms its terms again, one by
+    one. A term that depends on no state of a head has none. Dropout in a task head is drawn anew.
     """
     losses: dict[str, Tensor] = {}
 
@@ -41,15 +41,18 @@ def squared_pulls(
         if loss is not None and loss.requires_grad:
             losses[name] = losses[name] + loss if name in losses else loss
 
-    cut = ReplayedPasses(passes)
+    replayed = ReplayedPasses(passes)
     # These random draws must not change those of the next micro-batch.
-    with student.through(cut), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        form(add)
-    found = {name: _square(loss, cut.leaves) for name, loss in losses.items()}
-    return {PULL + name: square for name, square in found.items() if square is not None}
+    with (
+        student.through(replayed),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
+        form_terms(add)
+    squares = {name: _squared_norm(loss, replayed.leaves) for name, loss in losses.items()}
+    return {PULL + name: square for name, square in squares.items() if square is not None}
 
 
-def _square(loss: Tensor, leaves: Sequence[Tensor]) -> Tensor | None:
+def _squared_norm(loss: Tensor, leaves: Sequence[Tensor]) -> Tensor | None:
     """Return the squared norm of a loss's gradient with respect to all leaves; None if it
     has none.
     """
@@ -58,7 +61,7 @@ def _square(loss: Tensor, leaves: Sequence[Tensor]) -> Tensor | None:
     return torch.stack(norms).square().sum() if norms else None
 
 
-def told_pulls(values: Mapping[str, float]) -> str:
+def describe_pulls(values: Mapping[str, float]) -> str:
     """Return a line on how strongly each term pulls, relative to the cross-entropy if there is one;
     empty if ``values``, a logged step, have no gradients.
     """

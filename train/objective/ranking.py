@@ -36,7 +36,7 @@ from rekindle.data.batch import Batch, Ints, SequenceTargetBatch
 from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import inputs_of, language_rows, send
 from rekindle.train.distributed import World
-from rekindle.train.objective.selection import Counts, Groups, OwnSums, StepPlan
+from rekindle.train.objective.selection import Counts, Groups, StepPlan, StudentSums
 from rekindle.train.objective.task_pass import run_heads, taught_rows
 from rekindle.train.ranking.config import RankingConfig
 from rekindle.train.student import Student
@@ -52,20 +52,20 @@ class RankedRows:
 
     keys: Ints  # [R] equal for equal groups, in every process
     index: Ints  # [R] the sequences' numbers in the cache
-    wanted: Doubles  # [R]
+    teacher_scores: Doubles  # [R]
 
     @classmethod
     def of(cls, batch: Batch, teacher: str, group: str) -> "RankedRows":
         """Return the rows of a batch."""
         target = batch.targets[teacher]
         assert isinstance(target, SequenceTargetBatch)
-        wanted = target.logits[target.rows, 0].astype(np.float64)
-        return cls(group_keys(batch, teacher, group), batch.index[target.rows], wanted)
+        teacher_scores = target.logits[target.rows, 0].astype(np.float64)
+        return cls(group_keys(batch, teacher, group), batch.index[target.rows], teacher_scores)
 
     @classmethod
     def joined(cls, parts: Sequence["RankedRows"]) -> "RankedRows":
         """Return the rows of all parts."""
-        columns = ((one.keys, one.index, one.wanted) for one in parts)
+        columns = ((one.keys, one.index, one.teacher_scores) for one in parts)
         return cls(*map(np.concatenate, zip(*columns, strict=True)))
 
 
@@ -76,41 +76,49 @@ def group_keys(batch: Batch, teacher: str, group: str) -> Ints:
     rows = batch.targets[teacher].rows
     if group == "batch":
         return np.zeros(len(rows), np.int64)
-    named = {"domain": batch.domains, "document": batch.documents, "group": batch.groups}
-    names = named[group]
+    names_by_group = {"domain": batch.domains, "document": batch.documents, "group": batch.groups}
+    names = names_by_group[group]
     if len(names) != len(batch.index):
         raise ValueError(f"the batch does not give the {group} of its sequences")
     keys = [xxhash.xxh3_64_intdigest((name or "").encode()) >> (64 - KEY_BITS) for name in names]
     return np.array(keys, np.int64)[rows]
 
 
-def groups_of(rows: RankedRows, temperature: float, own: Tensor | None = None) -> Groups:
-    """Return the groups of a whole step's rows. ``own``: the student's scores [R], if the step is
-    more than one micro-batch of one process.
+def groups_of(rows: RankedRows, temperature: float, student_scores: Tensor | None = None) -> Groups:
+    """Return the groups of a whole step's rows. ``student_scores`` [R]: given if the step is more
+    than one micro-batch of one process.
     """
-    found, place, sizes = np.unique(rows.keys, return_inverse=True, return_counts=True)
+    keys, group_index, sizes = np.unique(rows.keys, return_inverse=True, return_counts=True)
     # The best score first; among equal ones, the sequence with the lowest number.
-    order = np.lexsort((rows.index, -rows.wanted, place))
-    best = rows.index[order[np.unique(place[order], return_index=True)[1]]]
-    copies = np.bincount(place[rows.index == best[place]], minlength=len(found))
-    log_sums = _log_sums(torch.from_numpy(rows.wanted / temperature), place, len(found))
+    order = np.lexsort((rows.index, -rows.teacher_scores, group_index))
+    best = rows.index[order[np.unique(group_index[order], return_index=True)[1]]]
+    copies = np.bincount(group_index[rows.index == best[group_index]], minlength=len(keys))
+    log_sums = _log_sums(
+        torch.from_numpy(rows.teacher_scores / temperature), group_index, len(keys)
+    )
     groups = Groups(
-        tuple(found.tolist()),
+        tuple(keys.tolist()),
         tuple(sizes.tolist()),
         tuple(best.tolist()),
         tuple(copies.tolist()),
         tuple(log_sums.tolist()),
     )
-    if own is None:
+    if student_scores is None:
         return groups
-    own = own.double()
-    sums = _own_sums(own, own - torch.from_numpy(rows.wanted), rows, groups, temperature)
-    return replace(groups, own=OwnSums(*(tuple(one.tolist()) for one in sums)))
+    student_scores = student_scores.double()
+    sums = _student_sums(
+        student_scores,
+        student_scores - torch.from_numpy(rows.teacher_scores),
+        rows,
+        groups,
+        temperature,
+    )
+    return replace(groups, student_sums=StudentSums(*(tuple(one.tolist()) for one in sums)))
 
 
 def ranking_loss(
-    own: Tensor,
-    wanted: Tensor,
+    student_scores: Tensor,
+    teacher_scores: Tensor,
     rows: RankedRows,
     groups: Groups,
     count: int,
@@ -120,84 +128,103 @@ def ranking_loss(
     """Return a micro-batch's share of pointwise·mean e² + pairwise·mean over pairs of (eᵢ − eⱼ)² +
     listwise·τ²·mean over groups of KL(q ‖ p).
 
-    ``own`` [R] and ``wanted`` [R]: the student's and the expert's scores of ``rows``; ``groups``
-    and ``count`` (of rows) are the whole step's.
+    ``student_scores`` and ``teacher_scores`` [R] are those of ``rows``; ``groups`` and ``count``
+    (of rows) are the whole step's.
     """
-    errors = own - wanted
+    errors = student_scores - teacher_scores
     loss = config.pointwise / max(count, 1) * errors.square().sum()
-    pairs = groups.pairs(config.pairs)
-    paired, listed = config.pairwise > 0 and pairs > 0, config.listwise > 0 and groups.lists > 0
-    if not len(errors) or not (paired or listed):
+    pair_count = groups.pair_count(config.pairs)
+    has_pairs, has_lists = (
+        config.pairwise > 0 and pair_count > 0,
+        config.listwise > 0 and groups.list_count > 0,
+    )
+    if not len(errors) or not (has_pairs or has_lists):
         return loss
-    place = _places(rows, groups)
-    group = send(place, own.device)
-    if groups.own is None:
-        assert len(own) == sum(groups.sizes), "a part of a step needs the step's mean errors"
-        held = own.detach()
-        means, best, log_sums = _own_sums(held, held - wanted, rows, groups, temperature)
+    group_index = _group_index(rows, groups)
+    row_groups = send(group_index, student_scores.device)
+    if groups.student_sums is None:
+        assert len(student_scores) == sum(groups.sizes), (
+            "a part of a step needs the step's mean errors"
+        )
+        detached = student_scores.detach()
+        mean_errors, best_errors, log_sums = _student_sums(
+            detached, detached - teacher_scores, rows, groups, temperature
+        )
     else:
-        means, best, log_sums = (_sent(one, own) for one in groups.own)
-    sizes = _sent(groups.sizes, own)
-    if paired and config.pairs == "all":
-        apart = sizes[group] * (errors - means[group]).square()
-        loss = loss + config.pairwise / pairs * apart.sum()
-    elif paired:
-        share = sizes / _sent(groups.copies, own)
-        is_best = send(_is_best(rows, groups, place), own.device)
-        pulled = 2.0 * (share * (best - means))[group] * _nothing_but_gradient(errors)
-        apart = torch.where(is_best, pulled, (errors - best[group]).square())
-        loss = loss + config.pairwise / pairs * apart.sum()
-    if listed:
-        log_q = wanted / temperature - _sent(groups.log_sums, own)[group]
-        log_p = own / temperature - log_sums[group]
-        apart = log_q.exp() * (log_q - log_p) + log_p.detach().exp() * _nothing_but_gradient(log_p)
-        apart = torch.where((sizes > 1)[group], apart, torch.zeros_like(apart))
-        loss = loss + config.listwise / groups.lists * temperature**2 * apart.sum()
+        sums = (_to_tensor(values, student_scores) for values in groups.student_sums)
+        mean_errors, best_errors, log_sums = sums
+    sizes = _to_tensor(groups.sizes, student_scores)
+    if has_pairs and config.pairs == "all":
+        row_losses = sizes[row_groups] * (errors - mean_errors[row_groups]).square()
+        loss = loss + config.pairwise / pair_count * row_losses.sum()
+    elif has_pairs:
+        share = sizes / _to_tensor(groups.copies, student_scores)
+        is_best = send(_is_best(rows, groups, group_index), student_scores.device)
+        gradients = 2.0 * (share * (best_errors - mean_errors))[row_groups] * _gradient_only(errors)
+        row_losses = torch.where(is_best, gradients, (errors - best_errors[row_groups]).square())
+        loss = loss + config.pairwise / pair_count * row_losses.sum()
+    if has_lists:
+        log_q = (
+            teacher_scores / temperature - _to_tensor(groups.log_sums, student_scores)[row_groups]
+        )
+        log_p = student_scores / temperature - log_sums[row_groups]
+        row_losses = log_q.exp() * (log_q - log_p) + log_p.detach().exp() * _gradient_only(log_p)
+        row_losses = torch.where((sizes > 1)[row_groups], row_losses, torch.zeros_like(row_losses))
+        loss = loss + config.listwise / groups.list_count * temperature**2 * row_losses.sum()
     return loss
 
 
-def _nothing_but_gradient(values: Tensor) -> Tensor:
+def _gradient_only(values: Tensor) -> Tensor:
     """Return zeros that have the gradient of ``values``."""
     return values - values.detach()
 
 
-def _sent(values: Sequence[float], like: Tensor) -> Tensor:
+def _to_tensor(values: Sequence[float], like: Tensor) -> Tensor:
     dtype = np.float64 if like.dtype == torch.float64 else np.float32
     return send(np.array(values, dtype), like.device)
 
 
-def _places(rows: RankedRows, groups: Groups) -> Ints:
+def _group_index(rows: RankedRows, groups: Groups) -> Ints:
     """Return the index of each row's group [R]."""
-    found: Ints = np.searchsorted(np.array(groups.keys, np.int64), rows.keys)
-    return found
+    index: Ints = np.searchsorted(np.array(groups.keys, np.int64), rows.keys)
+    return index
 
 
-def _is_best(rows: RankedRows, groups: Groups, place: Ints) -> NDArray[np.bool_]:
+def _is_best(rows: RankedRows, groups: Groups, group_index: Ints) -> NDArray[np.bool_]:
     """Return which rows are their group's best by the expert [R]."""
-    found: NDArray[np.bool_] = rows.index == np.array(groups.best, np.int64)[place]
-    return found
+    is_best: NDArray[np.bool_] = rows.index == np.array(groups.best, np.int64)[group_index]
+    return is_best
 
 
-def _own_sums(
-    own: Tensor, errors: Tensor, rows: RankedRows, groups: Groups, temperature: float
+def _student_sums(
+    student_scores: Tensor, errors: Tensor, rows: RankedRows, groups: Groups, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean error, the best row's error and log Σ exp(s/τ) of each group [G], from the
-    student's scores ``own`` [R] and their ``errors`` for all the step's rows.
+    ``student_scores`` [R] and their ``errors`` for all the step's rows.
     """
-    place = _places(rows, groups)
-    group, nothing = send(place, own.device), own.new_zeros(len(groups.keys))
-    means = nothing.index_add(0, group, errors) / _sent(groups.sizes, own)
-    is_best = send(_is_best(rows, groups, place), own.device)
-    best = nothing.index_add(0, group, errors * is_best) / _sent(groups.copies, own)
-    return means, best, _log_sums(own / temperature, place, len(groups.keys))
+    group_index = _group_index(rows, groups)
+    row_groups, zeros = (
+        send(group_index, student_scores.device),
+        student_scores.new_zeros(len(groups.keys)),
+    )
+    mean_errors = zeros.index_add(0, row_groups, errors) / _to_tensor(groups.sizes, student_scores)
+    is_best = send(_is_best(rows, groups, group_index), student_scores.device)
+    best_errors = zeros.index_add(0, row_groups, errors * is_best) / _to_tensor(
+        groups.copies, student_scores
+    )
+    return (
+        mean_errors,
+        best_errors,
+        _log_sums(student_scores / temperature, group_index, len(groups.keys)),
+    )
 
 
-def _log_sums(values: Tensor, place: Ints, count: int) -> Tensor:
+def _log_sums(values: Tensor, group_index: Ints, count: int) -> Tensor:
     """Return log Σ exp of the ``values`` [R] of each of ``count`` groups [G]."""
-    group = send(place, values.device)
-    top = values.new_full((count,), -torch.inf).scatter_reduce(0, group, values, "amax")
-    shifted = (values - top[group]).exp()
-    return top + values.new_zeros(count).index_add(0, group, shifted).log()
+    row_groups = send(group_index, values.device)
+    top = values.new_full((count,), -torch.inf).scatter_reduce(0, row_groups, values, "amax")
+    shifted = (values - top[row_groups]).exp()
+    return top + values.new_zeros(count).index_add(0, row_groups, shifted).log()
 
 
 def with_groups(
@@ -213,25 +240,26 @@ def with_groups(
     ``parts``: this process's micro-batches. ``run(work, …)`` calls ``work(student, …)`` while the
     student's weights are whole (not sharded); every process must make the same passes.
     """
-    found: dict[str, Groups] = {}
+    groups: dict[str, Groups] = {}
     for term in plan.distilled:
         if term.ranking is None:
             continue
         for name in term.teachers:
             rows = RankedRows.joined([RankedRows.of(p, name, term.ranking.group) for p in parts])
             if world.size == 1 and len(parts) == 1:
-                found[name] = groups_of(rows, term.temperature)
+                groups[name] = groups_of(rows, term.temperature)
                 continue
             with torch.no_grad():
-                each = [run(own_scores, task, p, term, name, world.device) for p in parts]
+                each = [run(score_sequences, task, p, term, name, world.device) for p in parts]
             scores = torch.cat(each).double().cpu().numpy()
-            every, own = zip(*world.gather((rows, scores)), strict=True)  # by process
-            joined = torch.from_numpy(np.concatenate(own))
-            found[name] = groups_of(RankedRows.joined(every), term.temperature, joined)
-    return replace(counts, groups=found)
+            gathered = world.gather((rows, scores))
+            rows_by_process, scores_by_process = zip(*gathered, strict=True)
+            joined = torch.from_numpy(np.concatenate(scores_by_process))
+            groups[name] = groups_of(RankedRows.joined(rows_by_process), term.temperature, joined)
+    return replace(counts, groups=groups)
 
 
-def own_scores(
+def score_sequences(
     student: Student,
     task: str,
     batch: Batch,

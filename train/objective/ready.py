@@ -26,7 +26,7 @@ ARRAYS = {"input_ids", "token_types", "labels"}
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedBatch:
     """A batch that a step can begin with."""
 
     plan: StepPlan
@@ -54,14 +54,14 @@ class SideStream(Copies):
         # first GPU.
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             pinned = torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
-            there = pinned.to(self.device, non_blocking=True)
+            on_device = pinned.to(self.device, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        return SentArray.of(values, there, copied)
+        return SentArray.of(values, on_device, copied)
 
 
 @dataclass(frozen=True)
-class MakeReady:
+class BatchPreparer:
     """Prepares batches; ``size``: sequences of a micro-batch; ``copies``: None on a CPU.
     ``count(step)``: micro-batches that each process makes; None: as many as its share needs.
     """
@@ -71,7 +71,7 @@ class MakeReady:
     copies: Copies | None = None
     count: Callable[[int], int] | None = None
 
-    def __call__(self, step: int, read: Batch) -> Ready:
+    def __call__(self, step: int, read: Batch) -> PreparedBatch:
         """Return the prepared batch of ``step`` from what was read for it."""
         plan = self.objective.plan(step)
         batch = self.objective.select(read, plan)
@@ -80,30 +80,30 @@ class MakeReady:
             count = self.count(step)
             parts = parts if len(parts) == count else split_evenly(batch, count)
         if self.copies is not None:
-            parts = [_sent(part, self.copies) for part in parts]
-        return Ready(plan, batch, parts)
+            parts = [_send_part(part, self.copies) for part in parts]
+        return PreparedBatch(plan, batch, parts)
 
 
-def _sent(part: Batch, copies: Copies) -> Batch:
+def _send_part(part: Batch, copies: Copies) -> Batch:
     """Return a micro-batch whose large arrays are on their way."""
-    masked = part.masked and _with_arrays(part.masked, copies)
-    pairs = {name: _with_arrays(pair, copies) for name, pair in part.pairs.items()}
+    masked = part.masked and _send_arrays(part.masked, copies)
+    pairs = {name: _send_arrays(pair, copies) for name, pair in part.pairs.items()}
     targets = dict(part.targets)
     for name, target in targets.items():
         if isinstance(target, TokenTargetBatch):
-            columns = _sent_columns(target.columns, copies)
+            columns = _send_columns(target.columns, copies)
             targets[name] = replace(target, columns=columns)
     ids = part.input_ids if masked is not None else copies.send(part.input_ids)
     return replace(part, masked=masked, pairs=pairs, targets=targets, input_ids=ids)
 
 
-def _sent_columns(columns: Mapping[str, NDArray], copies: Copies) -> dict[str, NDArray]:
+def _send_columns(columns: Mapping[str, NDArray], copies: Copies) -> dict[str, NDArray]:
     return {n: copies.send(one) if n in COLUMNS else one for n, one in columns.items()}
 
 
-def _with_arrays(one: D, copies: Copies) -> D:
+def _send_arrays(arrays: D, copies: Copies) -> D:
     """Return a dataclass of arrays with those of ``ARRAYS`` on their way."""
-    given: Any = one
-    names = [field.name for field in fields(given) if field.name in ARRAYS]
-    changed: D = replace(given, **{name: copies.send(getattr(given, name)) for name in names})
+    record: Any = arrays
+    names = [field.name for field in fields(record) if field.name in ARRAYS]
+    changed: D = replace(record, **{name: copies.send(getattr(record, name)) for name in names})
     return changed

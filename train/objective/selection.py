@@ -59,11 +59,11 @@ class StepPlan:
         return tuple(dict.fromkeys(name for user in self.users for name in user.teachers))
 
 
-class OwnSums(NamedTuple):
-    """Sums over the student's scores of a step's groups."""
+class StudentSums(NamedTuple):
+    """What a step's groups give when summed over the student's scores."""
 
-    means: tuple[float, ...]  # [G] mean errors
-    best: tuple[float, ...]  # [G] errors of the rows that the expert scores best
+    mean_errors: tuple[float, ...]  # [G]
+    best_errors: tuple[float, ...]  # [G] of the rows that the expert scores best
     log_sums: tuple[float, ...]  # [G] log Σ exp(s/τ)
 
 
@@ -71,7 +71,8 @@ class OwnSums(NamedTuple):
 class Groups:
     """The groups of a whole step that a ranking expert has scored.
 
-    ``own`` is None if the step is one micro-batch of one process, which has these sums itself.
+    ``student_sums`` is None if the step is one micro-batch of one process, which has these sums
+    itself.
     """
 
     keys: tuple[int, ...]  # [G] ascending
@@ -79,9 +80,9 @@ class Groups:
     best: tuple[int, ...]  # [G] the sequence that the expert scores best
     copies: tuple[int, ...]  # [G] rows of this sequence: 1, or more if a step repeats it
     log_sums: tuple[float, ...]  # [G] log Σ exp(t/τ) of the expert's scores
-    own: OwnSums | None = None
+    student_sums: StudentSums | None = None
 
-    def pairs(self, rule: str) -> int:
+    def pair_count(self, rule: str) -> int:
         """Return the number of pairs of rows in the groups: all, or those of the best row with
         another.
         """
@@ -90,7 +91,7 @@ class Groups:
         return sum(self.sizes) - sum(self.copies)
 
     @property
-    def lists(self) -> int:
+    def list_count(self) -> int:
         """Return the number of groups with more than one row."""
         return sum(size > 1 for size in self.sizes)
 
@@ -102,8 +103,8 @@ class StepVectors:
     """
 
     keys: NDArray[np.int64]  # [N] numbers of sequences
-    own: NDArray[np.float32]  # [N,D] the student's, from a pass without gradient
-    wanted: NDArray[np.float32]  # [N,D'] the teacher's
+    student: NDArray[np.float32]  # [N,D] from a pass without gradient
+    teacher: NDArray[np.float32]  # [N,D']
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ class Counts:
     def over(self, total: Callable[[Sequence[float]], Sequence[float]]) -> "Counts":
         """Return the counts of all processes; ``total`` sums a list over them."""
         names = sorted(self.rows)
-        found = [round(v) for v in total([self.labels, *(self.rows[n] for n in names)])]
-        return Counts(found[0], dict(zip(names, found[1:], strict=True)))
+        totals = [round(v) for v in total([self.labels, *(self.rows[n] for n in names)])]
+        return Counts(totals[0], dict(zip(names, totals[1:], strict=True)))
 
 
 def names_of(term: DistillTerm) -> dict[str, str]:
@@ -142,7 +143,7 @@ def select_targets(batch: Batch, terms: Sequence[DistillTerm]) -> Batch:
             for name in term.teachers:
                 targets[name] = confident_only(targets[name], term.confidence)
         if term.combine == "route":
-            targets |= _routed({name: targets[name] for name in term.teachers}, len(batch.index))
+            targets |= _route({name: targets[name] for name in term.teachers}, len(batch.index))
     return replace(batch, targets=targets)
 
 
@@ -169,24 +170,24 @@ def count_rows(batch: Batch, task: str, terms: Sequence[DistillTerm]) -> Counts:
         labels = 0 if batch.masked is None else len(batch.masked.labels)
     rows: dict[str, int] = {}
     for term in terms:
-        named = names_of(term)
+        loss_names = names_of(term)
         if term.combine in MIXED:
             taught = common_rows([batch.targets[name] for name in term.teachers])
-            rows[named[term.teachers[0]]] = len(taught)
+            rows[loss_names[term.teachers[0]]] = len(taught)
             continue
         for name in term.teachers:
             count = _row_count(batch.targets[name], term.entropy_fraction)
-            rows[named[name]] = rows.get(named[name], 0) + count
+            rows[loss_names[name]] = rows.get(loss_names[name], 0) + count
     return Counts(labels, rows)
 
 
 def common_rows(targets: Sequence[TargetBatch]) -> Ints:
     """Return where a mixture is made: sequences that all experts know, or the first one's rows."""
-    known = targets[0].rows
+    common = targets[0].rows
     if isinstance(targets[0], SequenceTargetBatch):
         for target in targets[1:]:
-            known = np.intersect1d(known, target.rows)
-    return known
+            common = np.intersect1d(common, target.rows)
+    return common
 
 
 def taught_per_sequence(rows: Ints, fraction: float) -> Ints:
@@ -198,8 +199,8 @@ def taught_per_sequence(rows: Ints, fraction: float) -> Ints:
     _, inverse, counts = np.unique(rows, return_inverse=True, return_counts=True)
     # 0.1 · 30 is slightly above 3: that is 3, not 4.
     taught = np.maximum(np.ceil(counts * fraction - 1e-9), 1).astype(np.int64)
-    found: Ints = taught[inverse]
-    return found
+    per_position: Ints = taught[inverse]
+    return per_position
 
 
 def _row_count(target: TargetBatch, fraction: float | None) -> int:
@@ -209,7 +210,7 @@ def _row_count(target: TargetBatch, fraction: float | None) -> int:
     return int(taught_per_sequence(target.rows, fraction)[first].sum())
 
 
-def _routed(targets: Mapping[str, TargetBatch], sequences: int) -> dict[str, TargetBatch]:
+def _route(targets: Mapping[str, TargetBatch], sequences: int) -> dict[str, TargetBatch]:
     """Give each sequence to the first teacher that has targets for it."""
     free = np.ones(sequences, bool)
     routed: dict[str, TargetBatch] = {}

@@ -29,9 +29,9 @@ def heads_of(term: DistillTerm, teachers: Mapping[str, TeacherInfo]) -> dict[str
     """
     experts = [teachers[name] for name in term.teachers if not teachers[name].is_vocabulary]
     if term.combine not in MIXED or not experts:
-        asked = term.of_vectors
-        more = (asked.projection, asked.needs_equal_sizes)  # only for vectors
-        return {expert.name: HeadConfig.of(expert, *more) for expert in experts}
+        settings = term.of_vectors
+        vector_options = (settings.projection, settings.needs_equal_sizes)  # only for vectors
+        return {expert.name: HeadConfig.of(expert, *vector_options) for expert in experts}
     names = LabelUnion.of(experts, term.labels).names
     problem = "single_label_classification"
     head = HeadConfig(kind="sequence", num_labels=len(names), label_names=names, problem=problem)
@@ -54,19 +54,19 @@ def add_task_losses(
     """Call ``add(name, loss, shown)`` for the terms' losses; ``logits`` by head, of all rows."""
     for term, weight in terms:
         if term.combine in MIXED:
-            found = {
+            losses = {
                 term.teachers[0]: _mixture_loss(logits[union_head(term)], batch, term, teachers)
             }
         else:
-            found = {
+            losses = {
                 name: _expert_loss(logits[name], batch, teachers[name], term, counts)
                 for name in term.teachers
             }
-        for name, (loss, bare) in found.items():
-            shown = names_of(term)[name]
+        for name, (loss, unweighted) in losses.items():
+            loss_name = names_of(term)[name]
             # A ranking loss is over pairs too, and a mean already.
-            scale = 1.0 if term.ranking is not None else 1.0 / max(counts.rows[shown], 1)
-            add(shown, loss * (weight * scale), bare * scale)
+            scale = 1.0 if term.ranking is not None else 1.0 / max(counts.rows[loss_name], 1)
+            add(loss_name, loss * (weight * scale), unweighted * scale)
 
 
 def _expert_loss(
@@ -75,15 +75,17 @@ def _expert_loss(
     """Return the loss of a head against its expert (for rankings of scores, differences and
     groups), and the value to show.
     """
-    own, wanted = taught_rows(logits, batch.targets[info.name])
+    student_rows, teacher_rows = taught_rows(logits, batch.targets[info.name])
     if info.kind == "embedding":
         keys = batch.index[batch.targets[info.name].rows]
-        return vector_loss(own, wanted, keys, counts.vectors.get(info.name), term.of_vectors)
+        return vector_loss(
+            student_rows, teacher_rows, keys, counts.vectors.get(info.name), term.of_vectors
+        )
     if term.ranking is None:
-        return task_loss(own.float(), wanted, info, term)
+        return task_loss(student_rows.float(), teacher_rows, info, term)
     rows = RankedRows.of(batch, info.name, term.ranking.group)
     loss = ranking_loss(
-        *(own.float()[:, 0], wanted[:, 0], rows, counts.groups[info.name]),
+        *(student_rows.float()[:, 0], teacher_rows[:, 0], rows, counts.groups[info.name]),
         *(counts.rows[names_of(term)[info.name]], term.ranking, term.temperature),
     )
     return loss, loss.detach()
@@ -96,11 +98,11 @@ def _mixture_loss(
 
     For ``concatenate``, q = pad(softmax((z_1, …, z_J)/τ)).
     """
-    given = {name: batch.targets[name] for name in term.teachers}
-    targets = {name: t for name, t in given.items() if isinstance(t, SequenceTargetBatch)}
+    batch_targets = {name: batch.targets[name] for name in term.teachers}
+    targets = {name: t for name, t in batch_targets.items() if isinstance(t, SequenceTargetBatch)}
     assert len(targets) == len(term.teachers)
     rows = common_rows(list(targets.values()))
-    known = {name: send(t.logits[rows], logits.device) for name, t in targets.items()}
+    expert_logits = {name: send(t.logits[rows], logits.device) for name, t in targets.items()}
     union = LabelUnion.of([teachers[name] for name in term.teachers], term.labels)
     weights = logits.new_full((len(rows), len(targets)), 1.0 / len(targets), dtype=torch.float32)
     importance = None
@@ -111,15 +113,15 @@ def _mixture_loss(
         weights = expert_weights(certainties, term.uncertainty)
         importance = margin(certainties) if term.uncertainty.margin else None
     if term.combine == "concatenate":
-        wanted = union.concatenated(known, term.temperature)
+        mixture = union.concatenate(expert_logits, term.temperature)
     else:
-        wanted = union.mixed(known, weights, term.temperature)
-    own = logits[send(rows, logits.device)].float()
-    return _distribution_loss(own, wanted, term, importance)
+        mixture = union.mix(expert_logits, weights, term.temperature)
+    student_logits = logits[send(rows, logits.device)].float()
+    return _distribution_loss(student_logits, mixture, term, importance)
 
 
 def task_loss(
-    logits: Tensor, wanted: Tensor, info: TeacherInfo, term: DistillTerm
+    logits: Tensor, teacher_logits: Tensor, info: TeacherInfo, term: DistillTerm
 ) -> tuple[Tensor, Tensor]:
     """Return a task head's loss [R,C] summed over rows, and the bare divergence (to show).
 
@@ -128,19 +130,19 @@ def task_loss(
     between softmax(teacher/τ) and softmax(student/τ), times τ².
     """
     if term.divergence == "mse" or info.problem == "regression":
-        loss = F.mse_loss(logits, wanted, reduction="none").mean(dim=1).sum()
+        loss = F.mse_loss(logits, teacher_logits, reduction="none").mean(dim=1).sum()
         return loss, loss.detach()
     if term.divergence == "pseudo_label":
-        loss = pseudo_label_loss(logits, wanted, info, term.confidence)
+        loss = pseudo_label_loss(logits, teacher_logits, info, term.confidence)
         return loss, loss.detach()
     tau = term.temperature
     if info.problem == "multi_label_classification":
-        p = torch.sigmoid(wanted / tau)
-        entropy = F.binary_cross_entropy_with_logits(wanted / tau, p, reduction="sum")
+        p = torch.sigmoid(teacher_logits / tau)
+        entropy = F.binary_cross_entropy_with_logits(teacher_logits / tau, p, reduction="sum")
         cross = F.binary_cross_entropy_with_logits(logits / tau, p, reduction="sum")
         loss = (cross - entropy) / logits.shape[1]
         return loss * tau**2, loss.detach()
-    return _distribution_loss(logits, torch.softmax(wanted / tau, dim=1), term, None)
+    return _distribution_loss(logits, torch.softmax(teacher_logits / tau, dim=1), term, None)
 
 
 def _distribution_loss(

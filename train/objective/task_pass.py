@@ -33,12 +33,12 @@ def run_heads(
     tokens: dict[str, Tensor] = {}
     for name, target in heads.items():
         if isinstance(target, TokenLabelBatch):
-            flat = target.rows * batch.input_ids.shape[1] + target.positions
-            tokens[name] = send(flat, inputs["input_ids"].device)
+            flat_positions = target.rows * batch.input_ids.shape[1] + target.positions
+            tokens[name] = send(flat_positions, inputs["input_ids"].device)
         else:
             sequence.append(name)
-    shown = student.with_domains(inputs, batch.domains)
-    output: StudentOutput = student(shown, select, sequence, tokens)
+    domain_inputs = student.with_domains(inputs, batch.domains)
+    output: StudentOutput = student(domain_inputs, select, sequence, tokens)
     return output
 
 

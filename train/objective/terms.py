@@ -19,21 +19,21 @@ def check_terms(
     terms: Sequence[DistillTerm],
     teachers: Mapping[str, TeacherInfo],
     task: str,
-    where: str = "train.objective.distill",
+    key: str = "train.objective.distill",
 ) -> None:
-    """Raise InputError, naming the term below ``where``, for a term that cannot be computed."""
+    """Raise InputError, naming the term below ``key``, for a term that cannot be computed."""
     names = [name for term in terms for name in term.teachers]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise InputError(f"teacher {twice!r} is in two distill terms; use one term per teacher")
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated:
+        raise InputError(f"teacher {repeated!r} is in two distill terms; use one term per teacher")
     for number, term in enumerate(terms):
-        with naming(f"{where}.{number}"):
+        with naming(f"{key}.{number}"):
             infos = [teachers[name] for name in term.teachers]
             for problem in _problems(term, infos, task):
                 raise InputError(problem)
 
 
-def told_of_between(
+def describe_interpolation(
     terms: Sequence[DistillTerm], teachers: Mapping[str, TeacherInfo]
 ) -> Iterator[str]:
     """Yield a line for each teacher that is read at a temperature between its stored ones: from

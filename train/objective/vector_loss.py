@@ -27,51 +27,60 @@ from rekindle.train.objective.task_pass import run_heads, taught_rows
 from rekindle.train.student import Student
 
 Run = Callable[..., Tensor]
-TOGETHER = 1024  # held-out texts that are compared with each other
+HELD_OUT_SET = 1024  # held-out texts that are compared with each other
 
 
 def vector_loss(
-    own: Tensor, wanted: Tensor, keys: Ints, step: StepVectors | None, term: VectorTerm
+    student_vectors: Tensor,
+    teacher_vectors: Tensor,
+    keys: Ints,
+    step: StepVectors | None,
+    term: VectorTerm,
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted sum of a term's losses, summed over the rows, and the same to show.
 
-    ``own``, ``wanted``: the student's and the teacher's vectors [R,D] of the sequences ``keys``
-    [R]; ``step``: those of the whole step, None if these are all. Computed in at least 32 bits.
+    ``student_vectors`` and ``teacher_vectors`` [R,D] are those of the sequences ``keys`` [R];
+    ``step``: those of the whole step, None if these are all. Computed in at least 32 bits.
     """
-    with torch.autocast(own.device.type, enabled=False):
-        wide = own if own.dtype == torch.float64 else own.float()
+    with torch.autocast(student_vectors.device.type, enabled=False):
+        wide = (
+            student_vectors if student_vectors.dtype == torch.float64 else student_vectors.float()
+        )
         total = wide.sum() * 0.0
         for loss in term.losses.values():
             if loss.compares_rows and step is not None:
-                part = _of_the_step(wide, keys, step, loss.rows)
+                part = _loss_in_step(wide, keys, step, loss.rows)
             else:
-                part = loss.rows(wide, wanted.to(wide.dtype)).sum()
+                part = loss.rows(wide, teacher_vectors.to(wide.dtype)).sum()
             total = total + loss.settings.weight * part
     return total, total.detach()
 
 
-def _of_the_step(
-    own: Tensor, keys: Ints, step: StepVectors, rows: Callable[[Tensor, Tensor], Tensor]
+def _loss_in_step(
+    student_vectors: Tensor, keys: Ints, step: StepVectors, rows: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """Return the sum of the losses of a part's rows, with the gradient of the whole step's loss
     with respect to them.
     """
-    places = send(places_of(keys, step.keys), own.device)
-    others, wanted = (send(one, own.device).to(own.dtype) for one in (step.own, step.wanted))
-    found = rows(others.index_copy(0, places, own), wanted)
-    whole = found.sum()
-    return whole - whole.detach() + found.detach()[places].sum()
+    places = send(step_rows(keys, step.keys), student_vectors.device)
+    students, teachers = (
+        send(vectors, student_vectors.device).to(student_vectors.dtype)
+        for vectors in (step.student, step.teacher)
+    )
+    row_losses = rows(students.index_copy(0, places, student_vectors), teachers)
+    total = row_losses.sum()
+    return total - total.detach() + row_losses.detach()[places].sum()
 
 
-def places_of(keys: Ints, known: Ints) -> Ints:
-    """Return the place in ``known`` [N], ascending, of each of ``keys`` [R]: among equal ones the
-    first at the first place, and so on.
+def step_rows(keys: Ints, step_keys: Ints) -> Ints:
+    """Return the place in ``step_keys`` [N], ascending, of each of ``keys`` [R]: among equal ones
+    the first at the first place, and so on.
     """
     order = np.argsort(keys, kind="stable")
     ascending = keys[order]
     earlier = np.arange(len(keys)) - np.searchsorted(ascending, ascending)  # of the same key
     places = np.empty(len(keys), np.int64)
-    places[order] = np.searchsorted(known, ascending) + earlier
+    places[order] = np.searchsorted(step_keys, ascending) + earlier
     return places
 
 
@@ -90,20 +99,20 @@ def with_vectors(
     """
     if world.size == 1 and len(parts) == 1:
         return counts
-    found: dict[str, StepVectors] = {}
+    vectors: dict[str, StepVectors] = {}
     for term in plan.distilled:
         for name in term.teachers:
             if not _compares(term, parts[0], name):
                 continue
             with torch.no_grad():
-                each = [run(student_vectors, task, p, term, name, world.device) for p in parts]
-            own = torch.cat(each).float().cpu().numpy()
-            targets = [vectors_of(part, name) for part in parts]
+                each = [run(embed_sequences, task, p, term, name, world.device) for p in parts]
+            students = torch.cat(each).float().cpu().numpy()
+            targets = [teacher_vectors_of(part, name) for part in parts]
             keys = np.concatenate([key for key, _ in targets])
-            wanted = np.concatenate([vectors for _, vectors in targets])
-            every = zip(*world.gather((keys, own, wanted)), strict=True)  # by process
-            found[name] = in_order(*map(np.concatenate, every))
-    return replace(counts, vectors=found)
+            teachers = np.concatenate([rows for _, rows in targets])
+            columns = zip(*world.gather((keys, students, teachers)), strict=True)  # by process
+            vectors[name] = sort_vectors(*map(np.concatenate, columns))
+    return replace(counts, vectors=vectors)
 
 
 def _compares(term: DistillTerm, part: Batch, name: str) -> bool:
@@ -111,20 +120,20 @@ def _compares(term: DistillTerm, part: Batch, name: str) -> bool:
     return is_vector and term.of_vectors.compares_rows
 
 
-def in_order(keys: Ints, own: np.ndarray, wanted: np.ndarray) -> StepVectors:
+def sort_vectors(keys: Ints, students: np.ndarray, teachers: np.ndarray) -> StepVectors:
     """Sort the vectors [N,D] of rows by ascending ``keys`` [N], whichever process found them."""
     order = np.argsort(keys, kind="stable")
-    return StepVectors(keys[order], own[order], wanted[order])
+    return StepVectors(keys[order], students[order], teachers[order])
 
 
-def vectors_of(batch: Batch, name: str) -> tuple[Ints, np.ndarray]:
+def teacher_vectors_of(batch: Batch, name: str) -> tuple[Ints, np.ndarray]:
     """Return a teacher's vectors [R,D] in a batch and the numbers [R] of their sequences."""
     target = batch.targets[name]
     assert isinstance(target, EmbeddingBatch)
     return batch.index[target.rows], target.vectors
 
 
-def student_vectors(
+def embed_sequences(
     student: Student,
     task: str,
     batch: Batch,
@@ -138,8 +147,8 @@ def student_vectors(
         inputs = language_rows(batch, task, device).inputs
     else:
         inputs = inputs_of(batch, target.info.view, device)
-    found = run_heads(student, inputs, batch, {name: target})
-    return taught_rows(found.logits[name], target)[0].float()
+    output = run_heads(student, inputs, batch, {name: target})
+    return taught_rows(output.logits[name], target)[0].float()
 
 
 def vector_values(terms: Sequence[DistillTerm], name: str) -> list[str]:
@@ -151,58 +160,64 @@ def vector_values(terms: Sequence[DistillTerm], name: str) -> list[str]:
     return ["cosine", "mse"] if comparable else []
 
 
-def vector_sums(own: Tensor, wanted: Tensor) -> dict[str, float]:
+def vector_sums(student_vectors: Tensor, teacher_vectors: Tensor) -> dict[str, float]:
     """Return the summed cosines of vectors [R,D] and their summed mean squared errors; nothing if
     the sizes differ.
     """
-    if own.shape != wanted.shape:
+    if student_vectors.shape != teacher_vectors.shape:
         return {}
-    wide, target = own.double(), wanted.double()
+    students, teachers = student_vectors.double(), teacher_vectors.double()
     return {
-        "cosine": float((unit(wide) * unit(target)).sum()),
-        "mse": float((wide - target).square().mean(dim=1).sum()),
+        "cosine": float((unit(students) * unit(teachers)).sum()),
+        "mse": float((students - teachers).square().mean(dim=1).sum()),
     }
 
 
 class HeldOutVectors:
     """Vectors of held-out sequences whose losses compare them with each other: collected batch by
-    batch, and compared at the end in sets of at most ``TOGETHER``, by their numbers.
+    batch, and compared at the end in sets of at most ``HELD_OUT_SET``, by their numbers.
     """
 
     def __init__(self) -> None:
-        self.found: dict[str, list[tuple[Ints, np.ndarray, np.ndarray]]] = {}  # by teacher
+        self.collected: dict[str, list[tuple[Ints, np.ndarray, np.ndarray]]] = {}  # by teacher
 
     def add(
         self, student: Student, task: str, batch: Batch, term: DistillTerm, device: torch.device
     ) -> None:
         """Add a batch."""
         for name in term.teachers:
-            own = student_vectors(student, task, batch, term, name, device).cpu().numpy()
-            keys, wanted = vectors_of(batch, name)
-            self.found.setdefault(name, []).append((keys, own, wanted))
+            students = embed_sequences(student, task, batch, term, name, device).cpu().numpy()
+            keys, teachers = teacher_vectors_of(batch, name)
+            self.collected.setdefault(name, []).append((keys, students, teachers))
 
     def join(self, others: Sequence["HeldOutVectors"]) -> None:
         """Take what all processes have collected, including this one."""
-        names = dict.fromkeys(name for one in others for name in one.found)
-        self.found = {n: [part for one in others for part in one.found.get(n, [])] for n in names}
+        names = dict.fromkeys(name for one in others for name in one.collected)
+        self.collected = {
+            n: [part for one in others for part in one.collected.get(n, [])] for n in names
+        }
 
     def mean(self, term: DistillTerm) -> float | None:
         """Return the term's loss without its weight; None if it has no row."""
-        named, sums = names_of(term), dict[str, tuple[float, int]]()
+        loss_names, sums = names_of(term), dict[str, tuple[float, int]]()
         for name in term.teachers:
-            total, rows = sums.get(named[name], (0.0, 0))
-            if parts := self.found.get(name):
-                step = in_order(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-                total, rows = total + _held_out(step, term.of_vectors), rows + len(step.keys)
-            sums[named[name]] = total, rows
+            total, rows = sums.get(loss_names[name], (0.0, 0))
+            if parts := self.collected.get(name):
+                step = sort_vectors(
+                    *(np.concatenate(column) for column in zip(*parts, strict=True))
+                )
+                total, rows = total + _held_out_loss(step, term.of_vectors), rows + len(step.keys)
+            sums[loss_names[name]] = total, rows
         means = [total / rows for total, rows in sums.values() if rows]
         return sum(means) if means else None
 
 
-def _held_out(step: StepVectors, term: VectorTerm) -> float:
+def _held_out_loss(step: StepVectors, term: VectorTerm) -> float:
     total = 0.0
-    for start in range(0, len(step.keys), TOGETHER):
-        part = slice(start, start + TOGETHER)
-        own, wanted = (torch.from_numpy(one[part]).double() for one in (step.own, step.wanted))
-        total += float(vector_loss(own, wanted, step.keys[part], None, term)[1])
+    for start in range(0, len(step.keys), HELD_OUT_SET):
+        part = slice(start, start + HELD_OUT_SET)
+        students, teachers = (
+            torch.from_numpy(one[part]).double() for one in (step.student, step.teacher)
+        )
+        total += float(vector_loss(students, teachers, step.keys[part], None, term)[1])
     return total

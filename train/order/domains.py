@@ -23,18 +23,18 @@ def check_domains(corpus: Corpus, names: Iterable[str], key: str) -> None:
     """Raise InputError for a domain, named in the configuration's ``key``, that the
     corpus lacks.
     """
-    known = corpus.domains
-    unknown = [name for name in names if name not in known]
+    counts = corpus.domains
+    unknown = [name for name in names if name not in counts]
     if not unknown:
         return
-    if not known:
+    if not counts:
         raise InputError(
             f"{key} names {unknown[0]!r}, but the sequences of {corpus.store.location} have no "
             "domains: set corpus.domain_field, and cache the corpus again"
         )
     raise InputError(
         f"{key}: there is no domain {unknown[0]!r} in {corpus.store.location}; it has "
-        f"{', '.join(f'{name} ({count:,} sequences)' for name, count in sorted(known.items()))}"
+        f"{', '.join(f'{name} ({count:,} sequences)' for name, count in sorted(counts.items()))}"
     )
 
 
@@ -55,18 +55,18 @@ def domain_ranges(corpus: Corpus, names: Sequence[str]) -> dict[str, Ranges]:
 def _shard_runs(
     corpus: Corpus, shard: int, counts: Mapping[str, int], names: Sequence[str]
 ) -> Runs:
-    first, following = corpus.first(shard), corpus.first(shard + 1)
-    inside = [name for name in names if counts.get(name)]
-    if not inside:
+    first, stop = corpus.first(shard), corpus.first(shard + 1)
+    present = [name for name in names if counts.get(name)]
+    if not present:
         return np.zeros((0, 3), np.int64)
-    if counts[inside[0]] == following - first:
-        return np.array([[names.index(inside[0]), first, following]], np.int64)
-    wanted = pa.array(names, pa.string())
+    if counts[present[0]] == stop - first:
+        return np.array([[names.index(present[0]), first, stop]], np.int64)
+    value_set = pa.array(names, pa.string())
     # The column has no checksum of its own, but is compared with the record, which has one; and
     # every training sequence is verified with its record batch.
     columns = [batch["domain"] for batch in corpus.shard(shard).columns(["domain"])]
-    found = [pc.fill_null(pc.index_in(column, value_set=wanted), -1) for column in columns]
-    numbers = np.concatenate([one.to_numpy(zero_copy_only=False) for one in found])
+    indices = [pc.fill_null(pc.index_in(column, value_set=value_set), -1) for column in columns]
+    numbers = np.concatenate([one.to_numpy(zero_copy_only=False) for one in indices])
     for number, name in enumerate(names):
         if int((numbers == number).sum()) != counts.get(name, 0):
             raise CacheFormatError(

@@ -21,11 +21,11 @@ from rekindle.data.errors import InputError
 from rekindle.data.permutation import permute
 from rekindle.train.config import TrainConfig
 from rekindle.train.order.held_out import Ranges, group_numbers
-from rekindle.train.ranking.config import without_groups
+from rekindle.train.ranking.config import missing_groups_message
 
 log = logging.getLogger("rekindle")
 
-KEPT = 3  # epochs whose order is kept: some threads may read one epoch, others the next
+CACHED_EPOCHS = 3  # epochs whose order is kept: some threads may read one epoch, others the next
 
 
 class WholeGroups:
@@ -37,33 +37,33 @@ class WholeGroups:
         self._members, self._seed = numbers[order], seed
         self.sizes = np.unique(groups, return_counts=True)[1].astype(np.int64)
         self._firsts = np.cumsum(self.sizes) - self.sizes  # of a group in `_members`
-        self._kept: deque[tuple[int, Ints, Ints]] = deque(maxlen=KEPT)
-        self._laying = threading.Lock()
+        self._cached: deque[tuple[int, Ints, Ints]] = deque(maxlen=CACHED_EPOCHS)
+        self._lock = threading.Lock()
 
     def read(self, start: int, stop: int) -> Ints:
         """Return the sequences of the groups that begin at the places ``start`` to ``stop`` − 1 of
         the stream of epochs.
         """
-        size, parts = len(self._members), [np.zeros(0, np.int64)]
+        size, sequences = len(self._members), [np.zeros(0, np.int64)]
         for epoch in range(start // size, (stop - 1) // size + 1):
-            order, begins = self._laid_out(epoch)
+            order, begins = self._order_of(epoch)
             first, last = np.searchsorted(begins, [start - epoch * size, stop - epoch * size])
             for group in order[first:last].tolist():
                 begin = self._firsts[group]
-                parts.append(self._members[begin : begin + self.sizes[group]])
-        return np.concatenate(parts)
+                sequences.append(self._members[begin : begin + self.sizes[group]])
+        return np.concatenate(sequences)
 
-    def _laid_out(self, epoch: int) -> tuple[Ints, Ints]:
+    def _order_of(self, epoch: int) -> tuple[Ints, Ints]:
         """Return the groups [G] in the epoch's order, and the place at which each begins [G]."""
-        with self._laying:
-            for known, order, begins in self._kept:
-                if known == epoch:
+        with self._lock:
+            for cached_epoch, order, begins in self._cached:
+                if cached_epoch == epoch:
                     return order, begins
             order = permute(
                 np.arange(len(self.sizes)), len(self.sizes), seed=self._seed, epoch=epoch
             )
             ends = np.cumsum(self.sizes[order])
-            self._kept.append((epoch, order, ends - self.sizes[order]))
+            self._cached.append((epoch, order, ends - self.sizes[order]))
             return order, ends - self.sizes[order]
 
 
@@ -75,9 +75,9 @@ def spread_groups(cache: Cache, held_out: Ranges, count: int) -> Ints:
         return held_out.spread(count)
     numbers = held_out.select(np.arange(len(held_out), dtype=np.int64))
     groups = group_numbers(cache.corpus)[numbers]
-    known = np.unique(groups)
-    wanted = max(1, count * len(known) // len(numbers))
-    chosen = known[[i * len(known) // wanted for i in range(wanted)]]
+    group_ids = np.unique(groups)
+    chosen_count = max(1, count * len(group_ids) // len(numbers))
+    chosen = group_ids[[i * len(group_ids) // chosen_count for i in range(chosen_count)]]
     return numbers[np.isin(groups, chosen)]
 
 
@@ -91,11 +91,11 @@ def whole_groups(cache: Cache, config: TrainConfig, sequences: Ranges) -> WholeG
     if key is None or not len(sequences):
         return None
     if not cache.corpus.has_groups:
-        raise InputError(without_groups(key, cache.store.location))
+        raise InputError(missing_groups_message(key, cache.store.location))
     numbers = sequences.select(np.arange(len(sequences), dtype=np.int64))
-    groups = group_numbers(cache.corpus)[numbers]
-    found = WholeGroups(numbers, groups, config.seed)
-    largest = int(found.sizes.max())
+    group_of = group_numbers(cache.corpus)[numbers]
+    groups = WholeGroups(numbers, group_of, config.seed)
+    largest = int(groups.sizes.max())
     if largest == 1:
         raise InputError(
             f"{key}: groups, but each of the {counted(len(numbers), 'group')} to train on "
@@ -103,24 +103,24 @@ def whole_groups(cache: Cache, config: TrainConfig, sequences: Ranges) -> WholeG
             "(corpus.group_field names what they have in common), or leave the key out"
         )
     if config.batching != "groups":
-        _tell_torn(key, config, found)
+        _warn_split_groups(key, config, groups)
         return None
     if largest > config.batch_sequences:
-        large = int(numbers[groups == np.unique(groups)[found.sizes.argmax()]][0])
-        named = cache.example(large).group
+        sequence = int(numbers[group_of == np.unique(group_of)[groups.sizes.argmax()]][0])
+        group_name = cache.example(sequence).group
         raise InputError(
-            f"train.batching: groups reads whole groups, and {named!r} has {largest:,} sequences, "
-            f"more than train.batch_sequences {config.batch_sequences:,}. Use a larger "
+            f"train.batching: groups reads whole groups, and {group_name!r} has {largest:,} "
+            f"sequences, more than train.batch_sequences {config.batch_sequences:,}. Use a larger "
             "train.batch_sequences (micro_batch_sequences bounds the memory), a corpus with fewer "
             "documents of a query, or train.batching: shuffled"
         )
     log.info(
         "train.batching: groups: %s of %d to %d sequences; a step reads whole ones, about %d "
         "sequences, at most %d",
-        *(counted(len(found.sizes), "group"), found.sizes.min(), largest),
+        *(counted(len(groups.sizes), "group"), groups.sizes.min(), largest),
         *(config.batch_sequences, config.batch_sequences + largest - 1),
     )
-    return found
+    return groups
 
 
 def check_processes(batch: int, largest: int, processes: int) -> None:
@@ -135,14 +135,15 @@ def check_processes(batch: int, largest: int, processes: int) -> None:
         )
 
 
-def _tell_torn(key: str, config: TrainConfig, found: WholeGroups) -> None:
+def _warn_split_groups(key: str, config: TrainConfig, groups: WholeGroups) -> None:
     """Log how much of a group a shuffled step holds."""
-    total = int(found.sizes.sum())
-    mean = float((found.sizes * (found.sizes - 1)).sum() / total)  # others in a sequence's group
+    total = int(groups.sizes.sum())
+    # how many others a sequence's group has, on average
+    mean_others = float((groups.sizes * (groups.sizes - 1)).sum() / total)
     share = min(1.0, (config.batch_sequences - 1) / max(total - 1, 1))
-    if mean * share < mean:
+    if mean_others * share < mean_others:
         log.warning(
             "%s compares sequences of a group. With train.batching: %s a sequence shares its step "
             "with about %.2g of the %.3g others of its group; train.batching: groups keeps all",
-            *(key, config.batching, mean * share, mean),
+            *(key, config.batching, mean_others * share, mean_others),
         )

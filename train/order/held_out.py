@@ -25,15 +25,15 @@ Range = tuple[int, int]  # from, up to but not including
 
 PLACES = 64  # of an addition at which a stretch may be held out
 # of an addition: if documents would be more than this, hold out sequences instead
-FAR_TOO_MUCH = 0.25
+MOST_DOCUMENTS = 0.25
 
 
 class Ranges:
     """Ascending, disjoint ranges of sequence numbers, used like one long index array."""
 
     def __init__(self, ranges: Iterable[Range] | NDArray[np.int64]):
-        given = ranges if isinstance(ranges, np.ndarray) else np.array(list(ranges), np.int64)
-        bounds = given.reshape(-1, 2)
+        array = ranges if isinstance(ranges, np.ndarray) else np.array(list(ranges), np.int64)
+        bounds = array.reshape(-1, 2)
         bounds = bounds[bounds[:, 1] > bounds[:, 0]]
         if (bounds[:-1, 1] > bounds[1:, 0]).any():
             raise ValueError(f"ranges must ascend and not overlap, got {bounds[:8].tolist()}")
@@ -61,8 +61,8 @@ class Ranges:
             raise IndexError(
                 f"places lie in 0..{len(self) - 1}, got {places.min()}..{places.max()}"
             )
-        which = np.searchsorted(self._places, places, side="right") - 1
-        return self.bounds[which, 0] + (places - self._places[which])
+        range_index = np.searchsorted(self._places, places, side="right") - 1
+        return self.bounds[range_index, 0] + (places - self._places[range_index])
 
     def spread(self, count: int) -> NDArray[np.int64]:
         """Return at most ``count`` of the sequence numbers, evenly over all of them, ascending."""
@@ -82,14 +82,15 @@ class Ranges:
 
     def intersection(self, other: "Ranges") -> "Ranges":
         """Return what is in both."""
-        ours, theirs = self.bounds, other.bounds
-        first = np.searchsorted(theirs[:, 1], ours[:, 0], side="right")
-        counts = np.maximum(np.searchsorted(theirs[:, 0], ours[:, 1]) - first, 0)
-        which = np.repeat(np.arange(len(ours)), counts)  # of ours that meets one of theirs
-        before = np.repeat(np.cumsum(counts) - counts, counts)
-        met = np.repeat(first, counts) + np.arange(len(which)) - before
-        start = np.maximum(ours[which, 0], theirs[met, 0])
-        stop = np.minimum(ours[which, 1], theirs[met, 1])
+        own_bounds, other_bounds = self.bounds, other.bounds
+        first_other = np.searchsorted(other_bounds[:, 1], own_bounds[:, 0], side="right")
+        counts = np.maximum(np.searchsorted(other_bounds[:, 0], own_bounds[:, 1]) - first_other, 0)
+        # of each pair of ranges that meet: the index in `own_bounds`, and in `other_bounds`
+        own_index = np.repeat(np.arange(len(own_bounds)), counts)
+        earlier = np.repeat(np.cumsum(counts) - counts, counts)
+        other_index = np.repeat(first_other, counts) + np.arange(len(own_index)) - earlier
+        start = np.maximum(own_bounds[own_index, 0], other_bounds[other_index, 0])
+        stop = np.minimum(own_bounds[own_index, 1], other_bounds[other_index, 1])
         return Ranges(np.stack([start, stop], axis=1))
 
 
@@ -111,9 +112,12 @@ def group_numbers(corpus: Corpus) -> NDArray[np.int64]:
     parts = [np.zeros(0, np.int64)]
     for shard in range(len(corpus.commits)):
         for batch in corpus.shard(shard).columns([GROUP]):
-            coded = batch[GROUP].dictionary_encode()
-            own = [numbers.setdefault(name, len(numbers)) for name in coded.dictionary.to_pylist()]
-            parts.append(np.array(own, np.int64)[coded.indices.to_numpy(zero_copy_only=False)])
+            encoded = batch[GROUP].dictionary_encode()
+            names = encoded.dictionary.to_pylist()
+            of_names = np.array(
+                [numbers.setdefault(name, len(numbers)) for name in names], np.int64
+            )
+            parts.append(of_names[encoded.indices.to_numpy(zero_copy_only=False)])
     return np.concatenate(parts)
 
 
@@ -136,20 +140,21 @@ def split_corpus(cache: Cache, fraction: float) -> Split:
             held_out = _single_sequences(span, fraction)
             not_trained = list(held_out)
     split = Split(Ranges(not_trained).complement(len(cache.corpus)), Ranges(held_out))
-    return _groups_whole(cache.corpus, split) if cache.corpus.has_groups else split
+    return _keep_groups_whole(cache.corpus, split) if cache.corpus.has_groups else split
 
 
-def _groups_whole(corpus: Corpus, split: Split) -> Split:
+def _keep_groups_whole(corpus: Corpus, split: Split) -> Split:
     """Return the split without the sequences of groups that began on the other side: in a corpus
     where sequences of one group are not adjacent, or that has grown.
     """
     groups = group_numbers(corpus)
     firsts = np.unique(groups, return_index=True)[1]
-    held = np.zeros(len(groups), bool)
+    is_held_out = np.zeros(len(groups), bool)
     for start, stop in split.held_out.bounds.tolist():
-        held[start:stop] = True
-    begun = held[firsts][groups]
-    train, held_out = (np.flatnonzero(begun & held if side else ~(begun | held)) for side in (0, 1))
+        is_held_out[start:stop] = True
+    began_held_out = is_held_out[firsts][groups]
+    train = np.flatnonzero(~(began_held_out | is_held_out))
+    held_out = np.flatnonzero(began_held_out & is_held_out)
     return Split(Ranges.of(train), Ranges.of(held_out))
 
 
@@ -168,17 +173,17 @@ class _Span:
 
 
 def _spans(corpus: Corpus) -> Iterator[_Span]:
-    shards = [min(one.first_shard, len(corpus.commits)) for one in corpus.additions]
+    shards = [min(addition.first_shard, len(corpus.commits)) for addition in corpus.additions]
     if shards != sorted(shards) or shards[0] < 0:
         raise CacheFormatError(
             f"{corpus.store.location}/corpus: its additions begin at shards {shards}, not one "
             f"after another. {REPAIR}"
         )
     edges = [*map(corpus.first, shards), len(corpus)]
-    for one, (start, stop) in zip(corpus.additions, pairwise(edges), strict=True):
+    for addition, (start, stop) in zip(corpus.additions, pairwise(edges), strict=True):
         if stop > start:
             # Source files are read to their ends, unless there is a limit that can be raised.
-            yield _Span(start, stop, cut=one.config.get("limit_sequences") is not None)
+            yield _Span(start, stop, cut=addition.config.get("limit_sequences") is not None)
 
 
 class _Rows:
@@ -240,40 +245,43 @@ def _whole_documents(rows: _Rows, span: _Span, fraction: float) -> list[Range]:
     amount due at one place, only some places hold one out.
     """
     first = rows.first_document(span)
-    edge = int(rows.shared)  # the sequence at each end of a stretch may be on neither side
-    found: list[Range] = []
+    shared_rows = int(rows.shared)  # the sequence at each end of a stretch may be on neither side
+    stretches: list[Range] = []
     shortest: Range | None = None
-    held = taken = 0
-    after = first
+    held_out_count = used_count = 0
+    earliest = first
     for number in range(PLACES):
-        due = fraction * len(span) * (number + 1) / PLACES - held
+        amount_due = fraction * len(span) * (number + 1) / PLACES - held_out_count
         place = first + (span.stop - first) * number // PLACES
-        start = max(after, rows.end_of(place - 1, span.stop) if place > first else first)
-        last = start + edge + max(int(due), 1) - 1
+        start = max(earliest, rows.end_of(place - 1, span.stop) if place > first else first)
+        last = start + shared_rows + max(int(amount_due), 1) - 1
         if start >= span.stop:
             break
         stop = rows.end_of(min(last, span.stop - 1), span.stop)
-        length, room = stop - start - edge, len(span) - taken - edge - (stop - start)
+        length = stop - start - shared_rows
+        room = len(span) - used_count - shared_rows - (stop - start)
         if length < 1 or room < 1 or (span.cut and stop == span.stop):
             continue
         if shortest is None or stop - start < shortest[1] - shortest[0]:
             shortest = (start, stop)
-        if length <= 2 * due:  # nearer to the amount due than nothing
-            found.append((start, stop))
-            held, taken, after = held + length, taken + stop - start + edge, stop
-    if not found and shortest is not None:
-        most = max(FAR_TOO_MUCH, 4 * fraction) * len(span)
-        found = [shortest] if shortest[1] - shortest[0] <= most else []
-    return found
+        if length <= 2 * amount_due:  # nearer to the amount due than nothing
+            stretches.append((start, stop))
+            held_out_count += length
+            used_count += stop - start + shared_rows
+            earliest = stop
+    if not stretches and shortest is not None:
+        largest_allowed = max(MOST_DOCUMENTS, 4 * fraction) * len(span)
+        stretches = [shortest] if shortest[1] - shortest[0] <= largest_allowed else []
+    return stretches
 
 
 def _single_sequences(span: _Span, fraction: float) -> list[Range]:
     """Return stretches of sequences evenly over ``span``, each in the middle of an equal part."""
     if len(span) < 2:
         return []
-    wanted = max(1, int(fraction * len(span)))
-    parts = min(PLACES, wanted)
-    length = wanted // parts
-    edges = [span.start + len(span) * i // parts for i in range(parts + 1)]
+    count = max(1, int(fraction * len(span)))
+    stretch_count = min(PLACES, count)
+    length = count // stretch_count
+    edges = [span.start + len(span) * i // stretch_count for i in range(stretch_count + 1)]
     starts = [(start + stop - length) // 2 for start, stop in pairwise(edges)]
     return [(start, start + length) for start in starts]

@@ -16,8 +16,8 @@ def in_steps(cache: Cache, config: TrainConfig, recorded: int | None = None) -> 
     """
     if config.steps:
         return config
-    _, own, _ = split_of(cache, config)
-    each = cache.corpus.tokens / max(len(cache.corpus), 1)
-    replayed = 0.0 if config.replay is None else config.replay.fraction
-    steps = recorded or steps_of(config, len(own.train), each, replayed)
+    _, split, _ = split_of(cache, config)
+    tokens_per_sequence = cache.corpus.tokens / max(len(cache.corpus), 1)
+    replayed_fraction = 0.0 if config.replay is None else config.replay.fraction
+    steps = recorded or steps_of(config, len(split.train), tokens_per_sequence, replayed_fraction)
     return config.of_steps(steps)

@@ -86,7 +86,7 @@ class Replay:
         self._losses: list[list[float]] = []  # [k−1][d] after k intervals
         self._tokens: list[list[int]] = []  # [k−1][d] replayed in interval k, counted from 1
         # Tokens since then: of all processes before this one began, and of this one.
-        self._before, self._own = [0] * len(self.names), [0] * len(self.names)
+        self._tokens_before, self._own_tokens = [0] * len(self.names), [0] * len(self.names)
         self._starts: list[Ints] = [np.zeros(len(self.names), np.int64)]  # [i][D] see `_start`
         self._extend()
 
@@ -104,30 +104,30 @@ class Replay:
         if not self.names:
             return np.zeros(0, np.int64)
         interval = self.interval(step)
-        began = self.slots_before(interval * (self.every or 0))
-        deal = _deal(self.weights(interval))
+        slots_at_start = self.slots_before(interval * (self.every or 0))
+        turn_table = _deal(self.weights(interval))
         offset = self._offset(interval)
-        first, last = (offset + self.slots_before(s) - began for s in (step, step + 1))
-        turns = deal.domains[np.arange(first, last) % CYCLE]
-        out = np.zeros(last - first, np.int64)
-        earlier = self._starts[interval] - deal.before(offset)
-        starts, stops = earlier + deal.before(first), earlier + deal.before(last)
+        first, last = (offset + self.slots_before(s) - slots_at_start for s in (step, step + 1))
+        turns = turn_table.domains[np.arange(first, last) % CYCLE]
+        sequences = np.zeros(last - first, np.int64)
+        base = self._starts[interval] - turn_table.before(offset)
+        starts, stops = base + turn_table.before(first), base + turn_table.before(last)
         for number in np.unique(turns):
             memory, seed = self.memories[number], self._seed_of("memory", self.names[number])
             places = stream_part(starts[number], stops[number], len(memory), seed=seed)
-            out[turns == number] = memory.select(places)
-        return out
+            sequences[turns == number] = memory.select(places)
+        return sequences
 
     def weights(self, interval: int) -> tuple[float, ...]:
         """Return the share of each domain's slots in an interval (0-based)."""
         equal = (1 / len(self.names),) * len(self.names)
         if self.every is None or interval < 3:
             return equal
-        later, before = self._losses[interval - 2], self._losses[interval - 3]
-        if not all(map(math.isfinite, [*later, *before])):
+        later, earlier = self._losses[interval - 2], self._losses[interval - 3]
+        if not all(map(math.isfinite, [*later, *earlier])):
             return equal
         second_half = self._steps is not None and 2 * interval * self.every >= self._steps
-        return weights_by_loss(before, later, self._tokens[interval - 2], second_half)
+        return weights_by_loss(earlier, later, self._tokens[interval - 2], second_half)
 
     def count(self, batch: Batch) -> None:
         """Add this process's share of a step to the replayed tokens of each domain."""
@@ -137,21 +137,21 @@ class Replay:
         rows = np.bincount(owners, minlength=len(batch.index))
         for domain, tokens in zip(batch.domains, rows.tolist(), strict=True):
             if domain in self.names:
-                self._own[self.names.index(domain)] += tokens
+                self._own_tokens[self.names.index(domain)] += tokens
 
-    def learn(self, done: int, values: Mapping[str, float], total: Total = list) -> None:
-        """Note the evaluation after ``done`` steps: each domain's ``ce/DOMAIN``, or ``loss/DOMAIN``
-        if no cross-entropy is measured (``train.measures``).
+    def learn(self, steps_done: int, values: Mapping[str, float], total: Total = list) -> None:
+        """Note the evaluation after ``steps_done`` steps: each domain's ``ce/DOMAIN``, or
+        ``loss/DOMAIN`` if no cross-entropy is measured (``train.measures``).
 
         Every process calls it; ``total`` sums a list over them.
         """
-        if self.every is None or done != (len(self._losses) + 1) * self.every:
+        if self.every is None or steps_done != (len(self._losses) + 1) * self.every:
             return  # the one at the end of a run may fall within an interval
         # The losses come last: other threads call `knows`, which uses the result of `_extend`.
         self._tokens.append(self._since(total))
-        self._before, self._own = ([0] * len(self.names) for _ in range(2))
-        found = [values.get(f"ce/{name}", values.get(f"loss/{name}")) for name in self.names]
-        self._losses.append([math.nan if one is None else one for one in found])
+        self._tokens_before, self._own_tokens = ([0] * len(self.names) for _ in range(2))
+        losses = [values.get(f"ce/{name}", values.get(f"loss/{name}")) for name in self.names]
+        self._losses.append([math.nan if one is None else one for one in losses])
         self._extend()
 
     def state(self, total: Total = list) -> ReplayState | None:
@@ -160,17 +160,19 @@ class Replay:
         """
         if not self.names:
             return None
-        found = [[one if math.isfinite(one) else None for one in losses] for losses in self._losses]
-        since = self._since(total)
-        return {"rule": RULE, "losses": found, "tokens": self._tokens, "since": since}
+        losses = [
+            [one if math.isfinite(one) else None for one in losses] for losses in self._losses
+        ]
+        tokens_since = self._since(total)
+        return {"rule": RULE, "losses": losses, "tokens": self._tokens, "since": tokens_since}
 
     def restore(self, state: ReplayState | Sequence[object] | None) -> None:
         """Continue from ``state``; None for the beginning.
 
         Raises CheckpointError if it follows another rule and the weights depend on losses.
         """
-        known = isinstance(state, Mapping) and state.get("rule") == RULE
-        if state is not None and not known and self.every is not None:
+        is_current = isinstance(state, Mapping) and state.get("rule") == RULE
+        if state is not None and not is_current and self.every is not None:
             raise CheckpointError(
                 "train.replay.choose: loss_change: the run was begun by another version, which "
                 "replayed in proportion to the size of each loss's change; now a forgotten "
@@ -178,18 +180,20 @@ class Replay:
                 "two: start again in another --out, or continue with that version. Finished "
                 "stages stay as they are"
             )
-        if isinstance(state, Mapping) and known:
+        if isinstance(state, Mapping) and is_current:
             losses = state["losses"]
-            self._losses = [[math.nan if x is None else x for x in one] for one in losses]
-            self._tokens = [list(one) for one in state["tokens"]]
-            self._before, self._own = list(state["since"]), [0] * len(self.names)
+            self._losses = [[math.nan if x is None else x for x in row] for row in losses]
+            self._tokens = [list(row) for row in state["tokens"]]
+            self._tokens_before, self._own_tokens = list(state["since"]), [0] * len(self.names)
         del self._starts[1:]
         self._extend()
 
     def _since(self, total: Total) -> list[int]:
         """Return each domain's tokens since the last interval's end, over all processes."""
-        own = total(self._own)
-        return [before + round(here) for before, here in zip(self._before, own, strict=True)]
+        counted = total(self._own_tokens)
+        return [
+            before + round(now) for before, now in zip(self._tokens_before, counted, strict=True)
+        ]
 
     def interval(self, step: int) -> int:
         """Return the evaluation interval of ``step``; replay is decided once per interval."""
@@ -200,13 +204,13 @@ class Replay:
 
         Readers treat an interval as known only after this (see `knows`).
         """
-        known = 0 if self.every is None else max(3, len(self._losses) + 2)
-        for interval in range(len(self._starts) - 1, known - 1):
+        decided = 0 if self.every is None else max(3, len(self._losses) + 2)
+        for interval in range(len(self._starts) - 1, decided - 1):
             offset, every = self._offset(interval), self.every or 0
             slots = self.slots_before((interval + 1) * every) - self.slots_before(interval * every)
-            deal = _deal(self.weights(interval))
-            dealt = deal.before(offset + slots) - deal.before(offset)
-            self._starts.append(self._starts[interval] + dealt)
+            turn_table = _deal(self.weights(interval))
+            interval_turns = turn_table.before(offset + slots) - turn_table.before(offset)
+            self._starts.append(self._starts[interval] + interval_turns)
 
     def _offset(self, interval: int) -> int:
         """Return where in the cycle an interval begins."""
@@ -218,14 +222,14 @@ class Replay:
 
 
 def weights_by_loss(
-    before: Sequence[float], later: Sequence[float], tokens: Sequence[int], second_half: bool
+    earlier: Sequence[float], later: Sequence[float], tokens: Sequence[int], second_half: bool
 ) -> tuple[float, ...]:
     """Return each domain's share of the replay: ELLE's rule, as in its authors' code.
 
     The decrease of its loss per replayed token; if it does not decrease, the largest of all, or 0
     in the second half; at least FLOOR; normalised.
     """
-    falls = [(a - b) / max(n, 1) for a, b, n in zip(before, later, tokens, strict=True)]
+    falls = [(a - b) / max(n, 1) for a, b, n in zip(earlier, later, tokens, strict=True)]
     largest = 0.0 if second_half else max(falls)
     weights = [max(fall if fall > 0 else largest, FLOOR) for fall in falls]
     return tuple(weight / sum(weights) for weight in weights)
@@ -241,8 +245,8 @@ class _Deal:
     def before(self, slot: int) -> Ints:
         """Return each domain's turns [D] in the first ``slot`` slots."""
         cycles, rest = divmod(slot, CYCLE)
-        found: Ints = cycles * self.counts[-1] + self.counts[rest]
-        return found
+        counts: Ints = cycles * self.counts[-1] + self.counts[rest]
+        return counts
 
 
 @lru_cache(maxsize=64)
@@ -252,11 +256,11 @@ def _deal(weights: tuple[float, ...]) -> _Deal:
     """
     exact = np.array(weights) * CYCLE
     turns = np.floor(exact).astype(np.int64)
-    short = CYCLE - int(turns.sum())
-    turns[np.argsort(turns - exact, kind="stable")[:short]] += 1
+    missing = CYCLE - int(turns.sum())
+    turns[np.argsort(turns - exact, kind="stable")[:missing]] += 1
     domains = np.repeat(np.arange(len(weights)), turns)
     places = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in turns])
     domains = domains[np.argsort(places, kind="stable")]
-    taken = np.cumsum(domains[:, None] == np.arange(len(weights)), axis=0)
-    counts = np.concatenate([np.zeros((1, len(weights)), np.int64), taken])
+    turns_so_far = np.cumsum(domains[:, None] == np.arange(len(weights)), axis=0)
+    counts = np.concatenate([np.zeros((1, len(weights)), np.int64), turns_so_far])
     return _Deal(domains, counts)

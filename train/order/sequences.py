@@ -22,7 +22,13 @@ from rekindle.train.order.domains import check_domains, domain_ranges
 from rekindle.train.order.groups import WholeGroups, spread_groups, whole_groups
 from rekindle.train.order.held_out import Ranges, Split, split_corpus
 from rekindle.train.order.replay import Replay
-from rekindle.train.order.similar_lengths import WINDOWS, Windows, dealt, turns, window_of
+from rekindle.train.order.similar_lengths import (
+    WINDOWS,
+    Windows,
+    batch_turns,
+    deal_batches,
+    window_of,
+)
 from rekindle.train.schedules import USUAL_WARMUP
 
 log = logging.getLogger("rekindle")
@@ -52,7 +58,7 @@ class Order:
         groups: WholeGroups | None = None,
     ):
         self.sequences, self.batch_sequences, self._seed = sequences, batch_sequences, seed
-        self._lengths, self._windows = lengths, Windows(self._dealt)
+        self._lengths, self._windows = lengths, Windows(self._deal_window)
         self.groups = groups
         self.replay = replay or Replay({}, 0, batch_sequences, seed)
         begin = 0 if first is None else self._place(first_steps)
@@ -72,7 +78,7 @@ class Order:
             return self.groups.read(self._place(step), self._place(step + 1))
         if self._lengths is not None:
             return self._windows.at(step, self._window)
-        return np.concatenate([self._own(step, step + 1), self.replay.at(step)])
+        return np.concatenate([self._shuffled(step, step + 1), self.replay.at(step)])
 
     def micro_batches(self, step: int, size: int, processes: int) -> int:
         """Return how many micro-batches of at most ``size`` sequences each process makes of its
@@ -86,7 +92,7 @@ class Order:
         count = len(self.at(step))
         return min(-(-count // (processes * size)), count // processes)
 
-    def _own(self, step: int, stop: int) -> Ints:
+    def _shuffled(self, step: int, stop: int) -> Ints:
         """Return the sequences that steps of one phase read and do not replay, in
         shuffled order.
         """
@@ -95,34 +101,40 @@ class Order:
         places = stream_part(start, end, size, seed=self._seed, first_epoch=epoch)
         return sequences.select(places)
 
-    def _dealt(self, window: range) -> list[Ints]:
+    def _deal_window(self, window: range) -> list[Ints]:
         """Return the sequences of each step of a window if batches have similar lengths: its own
         part and the replayed one, each dealt out by length.
         """
         assert self._lengths is not None
-        order = turns(window, self._seed)
+        batch_order = batch_turns(window, self._seed)
         replayed = [self.replay.at(step) for step in window]
-        slots = [len(part) for part in replayed]
-        each = [
-            (self._own(window.start, window.stop), [self.batch_sequences - n for n in slots]),
-            (np.concatenate(replayed), slots),
+        replayed_counts = [len(part) for part in replayed]
+        streams = [
+            (
+                self._shuffled(window.start, window.stop),
+                [self.batch_sequences - n for n in replayed_counts],
+            ),
+            (np.concatenate(replayed), replayed_counts),
         ]
-        parts = [[n[i] for i in dealt(self._lengths(n), sizes, order)] for n, sizes in each]
+        parts = [
+            [n[i] for i in deal_batches(self._lengths(n), sizes, batch_order)]
+            for n, sizes in streams
+        ]
         return [np.concatenate(both) for both in zip(*parts, strict=True)]
 
     def _window(self, step: int) -> range:
         """Return the window of ``step``: its steps are in one phase, begin in one epoch, and what
         they replay is decided at once.
         """
-        here = self._stretch(step)
+        stretch = self._stretch_key(step)
         stop = step + 1
-        while self._stretch(stop) == here:
+        while self._stretch_key(stop) == stretch:
             stop += stop - step
-        first = bisect_left(range(step), here, key=self._stretch)
-        last = bisect_right(range(stop), here, lo=step, key=self._stretch)
+        first = bisect_left(range(step), stretch, key=self._stretch_key)
+        last = bisect_right(range(stop), stretch, lo=step, key=self._stretch_key)
         return window_of(step, first, last)
 
-    def _stretch(self, step: int) -> tuple[int, int, int]:
+    def _stretch_key(self, step: int) -> tuple[int, int, int]:
         """Return what the steps of a window have in common; it ascends."""
         start = self._phase(step)[0]
         return self._place(step) - start, self.epoch(step), self.replay.interval(step)
@@ -139,8 +151,8 @@ class Order:
     def _phase(self, step: int) -> tuple[int, Ranges, int]:
         """Return where ``step`` begins in its phase, and the phase's sequences and first epoch."""
         place = self._place(step)
-        found = next(phase for phase in reversed(self._phases) if phase[0] <= place)
-        return place - found[0], *found[1:]
+        phase = next(phase for phase in reversed(self._phases) if phase[0] <= place)
+        return place - phase[0], *phase[1:]
 
 
 @dataclass(frozen=True)
@@ -159,24 +171,26 @@ def choose_sequences(cache: Cache, config: TrainConfig) -> Chosen:
     Raises InputError for domains that the corpus lacks, or that lack sequences to train on or to
     evaluate on if those are needed, and for an impossible curriculum.
     """
-    split, own, where = split_of(cache, config)
-    train, held_out = own.train, own.held_out
+    split, own_split, ranges = split_of(cache, config)
+    train, held_out = own_split.train, own_split.held_out
     first, steps = None, 0
     if config.curriculum is not None:
         first = best_scored(cache, config.curriculum, train)
         _check_curriculum(config, len(first), len(train))
         steps = first_steps(config.curriculum, config.steps)
         log.info("curriculum: %d steps on %d of %d sequences", steps, len(first), len(train))
-    replay, groups = _replay(config, split, where), whole_groups(cache, config, train)
+    replay, groups = _build_replay(config, split, ranges), whole_groups(cache, config, train)
     lengths = cache.lengths if config.batching == "similar_lengths" else None
-    _tell(config, len(cache), len(train), len(held_out))
+    _log_sizes(config, len(cache), len(train), len(held_out))
     if config.epochs is not None or config.tokens is not None:
-        told = f"{counted(config.steps, 'step')} of {counted(config.batch_sequences, 'sequence')}"
-        log.info("train: %s = %s; %s are trained on", config.length, told, f"{len(train):,}")
+        length = f"{counted(config.steps, 'step')} of {counted(config.batch_sequences, 'sequence')}"
+        log.info("train: %s = %s; %s are trained on", config.length, length, f"{len(train):,}")
     return Chosen(
         Order(train, config.batch_sequences, config.seed, first, steps, replay, lengths, groups),
         spread_groups(cache, held_out, config.evaluate_sequences),
-        _held_out_of(cache, config, split, {n: where[n] for n in evaluated_domains(cache, config)}),
+        _held_out_of(
+            cache, config, split, {n: ranges[n] for n in evaluated_domains(cache, config)}
+        ),
     )
 
 
@@ -185,18 +199,18 @@ def split_of(cache: Cache, config: TrainConfig) -> tuple[Split, Split, dict[str,
     the domains named. Raises InputError for domains that the corpus lacks.
     """
     split = split_corpus(cache, config.held_out)
-    own = config.domains
+    own_domains = config.domains
     replayed = config.replay.domains if config.replay is not None else ()
-    check_domains(cache.corpus, own or (), "train.domains")
+    check_domains(cache.corpus, own_domains or (), "train.domains")
     check_domains(cache.corpus, replayed, "train.replay.domains")
-    _check_apart(config)
-    named = [*(own or ()), *replayed, *evaluated_domains(cache, config)]
-    where = domain_ranges(cache.corpus, named)
-    if own is None:
-        return split, split, where
-    within = _union([where[name] for name in dict.fromkeys(own)])
-    sides = (side.intersection(within) for side in (split.train, split.held_out))
-    return split, Split(*sides), where
+    _check_replay_domains(config)
+    names = [*(own_domains or ()), *replayed, *evaluated_domains(cache, config)]
+    ranges = domain_ranges(cache.corpus, names)
+    if own_domains is None:
+        return split, split, ranges
+    own_ranges = _union([ranges[name] for name in dict.fromkeys(own_domains)])
+    sides = (side.intersection(own_ranges) for side in (split.train, split.held_out))
+    return split, Split(*sides), ranges
 
 
 def evaluated_domains(cache: Cache, config: TrainConfig) -> list[str]:
@@ -213,23 +227,23 @@ def evaluated_domains(cache: Cache, config: TrainConfig) -> list[str]:
     return []
 
 
-def _check_curriculum(config: TrainConfig, kept: int, train: int) -> None:
+def _check_curriculum(config: TrainConfig, kept_count: int, train: int) -> None:
     """Refuse a curriculum that keeps less than a batch: the same few sequences would fill all
     batches.
     """
     assert config.curriculum is not None
     replayed = 0.0 if config.replay is None else config.replay.fraction
     needed = math.ceil(config.batch_sequences * (1 - replayed) - 1e-9)
-    if kept < needed:
-        more = f"Keep at least {needed / train:.2g}, use" if needed <= train else "Use"
+    if kept_count < needed:
+        advice = f"Keep at least {needed / train:.2g}, use" if needed <= train else "Use"
         raise InputError(
-            f"train.curriculum.keep {config.curriculum.keep:g} of {train} sequences leaves {kept}, "
-            f"fewer than the {needed} that a step reads: each batch would repeat them. {more} a "
-            "smaller train.batch_sequences, or a longer corpus"
+            f"train.curriculum.keep {config.curriculum.keep:g} of {train} sequences leaves "
+            f"{kept_count}, fewer than the {needed} that a step reads: each batch would repeat "
+            f"them. {advice} a smaller train.batch_sequences, or a longer corpus"
         )
 
 
-def _tell(config: TrainConfig, sequences: int, train: int, held_out: int) -> None:
+def _log_sizes(config: TrainConfig, sequences: int, train: int, held_out: int) -> None:
     """Log the consequences of the sizes of a run and of its corpus."""
     log.info(
         "corpus: %s, of which %s trained on and %s held out for evaluation",
@@ -241,14 +255,14 @@ def _tell(config: TrainConfig, sequences: int, train: int, held_out: int) -> Non
             config.warmup_steps,
             config.steps,
         )
-    for where, weight in config.objective.schedules():
+    for key, weight in config.objective.schedules():
         if weight.is_sudden(config.steps):
             log.info(
                 "train.objective.%s.weight is %g for one step and %g from then on: over %g of %d "
                 "steps is less than one",
-                *(where, weight.start, weight.end, weight.over, config.steps),
+                *(key, weight.start, weight.end, weight.over, config.steps),
             )
-    for line in told_of_few(config, sequences, train):
+    for line in describe_too_few(config, sequences, train):
         log.warning("%s", line)
     if config.batching == "similar_lengths" and train < 2 * WINDOWS * config.batch_sequences:
         log.info(
@@ -272,7 +286,7 @@ def _tell(config: TrainConfig, sequences: int, train: int, held_out: int) -> Non
         )
 
 
-def told_of_few(config: TrainConfig, sequences: int, train: int | None = None) -> list[str]:
+def describe_too_few(config: TrainConfig, sequences: int, train: int | None = None) -> list[str]:
     """Return a line on what happens if fewer of the ``sequences`` are trained on than a batch has.
     ``train``: how many those are, if known; otherwise estimated from ``held_out``.
     """
@@ -288,7 +302,7 @@ def told_of_few(config: TrainConfig, sequences: int, train: int | None = None) -
     ]
 
 
-def _check_apart(config: TrainConfig) -> None:
+def _check_replay_domains(config: TrainConfig) -> None:
     if config.replay is None:
         return
     shared = [name for name in config.replay.domains if name in (config.domains or (name,))]
@@ -299,11 +313,12 @@ def _check_apart(config: TrainConfig) -> None:
         )
 
 
-def _replay(config: TrainConfig, split: Split, where: Mapping[str, Ranges]) -> Replay | None:
+def _build_replay(config: TrainConfig, split: Split, ranges: Mapping[str, Ranges]) -> Replay | None:
     if config.replay is None:
         return None
     memories = {
-        name: split.train.intersection(where[name]) for name in dict.fromkeys(config.replay.domains)
+        name: split.train.intersection(ranges[name])
+        for name in dict.fromkeys(config.replay.domains)
     }
     for name, memory in memories.items():
         if not len(memory):
@@ -317,25 +332,25 @@ def _replay(config: TrainConfig, split: Split, where: Mapping[str, Ranges]) -> R
 
 
 def _held_out_of(
-    cache: Cache, config: TrainConfig, split: Split, where: Mapping[str, Ranges]
+    cache: Cache, config: TrainConfig, split: Split, domain_ranges: Mapping[str, Ranges]
 ) -> dict[str, Ints]:
     """Return the held-out sequences of each domain: ``evaluate_sequences`` divided among them."""
-    found = {name: split.held_out.intersection(ranges) for name, ranges in where.items()}
-    none = [name for name, ranges in found.items() if not len(ranges)]
+    held_out = {name: split.held_out.intersection(ranges) for name, ranges in domain_ranges.items()}
+    missing = [name for name, ranges in held_out.items() if not len(ranges)]
     needed = set(config.replay.domains) if config.replay and config.replay.follows_loss else set()
-    if needed & set(none):
+    if needed & set(missing):
         raise InputError(
             "train.replay.choose: loss_change needs the held-out loss of every replayed domain; "
-            f"nothing of {min(needed & set(none))!r} is held out. Use a larger train.held_out, or "
-            "choose: uniform"
+            f"nothing of {min(needed & set(missing))!r} is held out. Use a larger "
+            "train.held_out, or choose: uniform"
         )
-    if none:
+    if missing:
         log.warning(
             "nothing of %s is held out: no loss of it is reported; a larger train.held_out helps",
-            ", ".join(none),
+            ", ".join(missing),
         )
-    share = max(1, config.evaluate_sequences // max(1, len(found)))
-    return {n: spread_groups(cache, ranges, share) for n, ranges in found.items() if len(ranges)}
+    share = max(1, config.evaluate_sequences // max(1, len(held_out)))
+    return {n: spread_groups(cache, ranges, share) for n, ranges in held_out.items() if len(ranges)}
 
 
 def _union(parts: list[Ranges]) -> Ranges:

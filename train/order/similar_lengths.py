@@ -19,7 +19,7 @@ from rekindle.data.permutation import permute
 STEPS = 64  # of a window, at most: with more, only a few per cent of padding is left to save
 # at least this many per stretch, if it has enough steps: batches must get changing members
 WINDOWS = 4
-KEPT = 3  # windows that are kept: reading threads are around the edge of two
+CACHED_WINDOWS = 3  # windows that are kept: reading threads are around the edge of two
 
 
 def window_of(step: int, first: int, stop: int) -> range:
@@ -34,23 +34,23 @@ def window_of(step: int, first: int, stop: int) -> range:
     return range(first + number * count // windows, first + (number + 1) * count // windows)
 
 
-def turns(window: range, *seed: int) -> Ints:
+def batch_turns(window: range, *seed: int) -> Ints:
     """Return, for each step of a window, which of its batches it reads; 0 has the longest texts.
 
     The first window begins with those: a batch that does not fit into memory fails at once.
     """
-    own = xxhash.xxh3_64_intdigest("\0".join(["similar lengths", *map(str, seed)]).encode())
+    order_seed = xxhash.xxh3_64_intdigest("\0".join(["similar lengths", *map(str, seed)]).encode())
     places = np.arange(len(window), dtype=np.int64)
-    found = permute(places, len(window), seed=own, epoch=window.start)
+    turns_of_steps = permute(places, len(window), seed=order_seed, epoch=window.start)
     if window.start == 0:
-        longest = int(np.argmin(found))
-        found[[0, longest]] = found[[longest, 0]]
-    return found
+        longest = int(np.argmin(turns_of_steps))
+        turns_of_steps[[0, longest]] = turns_of_steps[[longest, 0]]
+    return turns_of_steps
 
 
-def dealt(lengths: Ints, sizes: Sequence[int], order: Ints) -> list[Ints]:
+def deal_batches(lengths: Ints, sizes: Sequence[int], order: Ints) -> list[Ints]:
     """Return which of the sequences of ``lengths`` [B] each step of a window reads, the longest
-    first. ``sizes``: how many, by step; ``order``: from ``turns``.
+    first. ``sizes``: how many, by step; ``order``: from ``batch_turns``.
     """
     by_length = np.argsort(-lengths, kind="stable")
     steps = np.argsort(order)  # the step that reads the longest, the next ones, …
@@ -59,21 +59,23 @@ def dealt(lengths: Ints, sizes: Sequence[int], order: Ints) -> list[Ints]:
     return [parts[turn] for turn in order.tolist()]
 
 
-def padded(lengths: Ints, batch: int, micro_batch: int | None = None) -> dict[str, float]:
+def padding_ratios(lengths: Ints, batch: int, micro_batch: int | None = None) -> dict[str, float]:
     """Return, by ``train.batching``, how many tokens a model computes per token of text, estimated
     from the ``lengths`` [N] of some sequences: every row of a pass is as wide as its longest.
 
     ``micro_batch``: rows of a pass; they are cut from a batch in order of length.
     """
-    drawn = np.random.default_rng(0).choice(np.maximum(lengths, 1), (STEPS, batch))
-    sorted_ = np.sort(drawn, axis=None).reshape(STEPS, batch)
+    sample = np.random.default_rng(0).choice(np.maximum(lengths, 1), (STEPS, batch))
+    by_length = np.sort(sample, axis=None).reshape(STEPS, batch)
     size = micro_batch or batch
-    each = {"shuffled": np.sort(drawn, axis=1), "similar_lengths": sorted_}
-    found = {}
-    for name, rows in each.items():
+    orders = {"shuffled": np.sort(sample, axis=1), "similar_lengths": by_length}
+    padding = {}
+    for name, rows in orders.items():
         parts = np.split(rows[:, ::-1], range(size, batch, size), axis=1)
-        found[name] = sum(float(part[:, 0].sum()) * part.shape[1] for part in parts) / drawn.sum()
-    return found
+        padding[name] = (
+            sum(float(part[:, 0].sum()) * part.shape[1] for part in parts) / sample.sum()
+        )
+    return padding
 
 
 class Windows:
@@ -81,16 +83,16 @@ class Windows:
 
     def __init__(self, make: Callable[[range], list[Ints]]):
         self._make = make
-        self._kept: deque[tuple[range, list[Ints]]] = deque(maxlen=KEPT)
-        self._making = threading.Lock()
+        self._cached: deque[tuple[range, list[Ints]]] = deque(maxlen=CACHED_WINDOWS)
+        self._lock = threading.Lock()
 
     def at(self, step: int, window: Callable[[int], range]) -> Ints:
         """Return what ``step`` reads; ``window(step)`` returns its window."""
-        with self._making:
-            for steps, parts in self._kept:
+        with self._lock:
+            for steps, parts in self._cached:
                 if step in steps:
                     return parts[step - steps.start]
             steps = window(step)
             parts = self._make(steps)
-            self._kept.append((steps, parts))
+            self._cached.append((steps, parts))
             return parts[step - steps.start]

@@ -20,7 +20,7 @@ from rekindle.train.order.sequences import Order
 AHEAD = 2  # batches per thread: one is read while another waits
 PATIENCE = 1.0  # seconds that the end of a run waits for reading threads
 
-_Asked = tuple[int, Future[Any]]  # a step to read, and where to put its batch
+_Request = tuple[int, Future[Any]]  # a step to read, and where to put its batch
 
 
 @dataclass
@@ -90,46 +90,50 @@ class TrainingStream:
         that follows evaluations gets each before the next batch is taken. A reading error comes
         after the batches before it. Closing the generator ends all threads.
         """
-        asked: SimpleQueue[_Asked | None] = SimpleQueue()
-        ahead: deque[Future[Any]] = deque()  # of the next step, and of those after it
+        requests: SimpleQueue[_Request | None] = SimpleQueue()
+        pending: deque[Future[Any]] = deque()  # of the next step, and of those after it
         threads = [
-            threading.Thread(target=self._read, args=(asked,), name="prefetch", daemon=True)
+            threading.Thread(target=self._read, args=(requests,), name="prefetch", daemon=True)
             for _ in range(min(self.threads, stop - start))
         ]
         for thread in threads:
             thread.start()
         try:
             for step in range(start, stop):
-                self._ask(step, stop, ahead, asked)  # evaluations may have extended the order
-                began = time.perf_counter()
-                batch = ahead.popleft().result()
-                self.waited += time.perf_counter() - began
-                self._ask(step + 1, stop, ahead, asked)
+                self._ask(step, stop, pending, requests)  # evaluations may have extended the order
+                started = time.perf_counter()
+                batch = pending.popleft().result()
+                self.waited += time.perf_counter() - started
+                self._ask(step + 1, stop, pending, requests)
                 yield step, batch
         finally:  # a moment only: a shard may come from far away, and Ctrl-C must not wait for it
-            for waiting in ahead:
-                waiting.cancel()
+            for future in pending:
+                future.cancel()
             for _ in threads:
-                asked.put(None)
-            until = time.monotonic() + PATIENCE
+                requests.put(None)
+            deadline = time.monotonic() + PATIENCE
             for thread in threads:
-                thread.join(max(0.0, until - time.monotonic()))
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _ask(
-        self, step: int, stop: int, ahead: deque[Future[Any]], asked: SimpleQueue[_Asked | None]
+        self,
+        step: int,
+        stop: int,
+        pending: deque[Future[Any]],
+        requests: SimpleQueue[_Request | None],
     ) -> None:
         """Have batches from ``step`` on read, as many as allowed."""
         last = min(stop, step + AHEAD * self.threads)
-        while (number := step + len(ahead)) < last and self.order.replay.knows(number):
-            ahead.append(Future())
-            asked.put((number, ahead[-1]))
+        while (number := step + len(pending)) < last and self.order.replay.knows(number):
+            pending.append(Future())
+            requests.put((number, pending[-1]))
 
-    def _read(self, asked: SimpleQueue[_Asked | None]) -> None:
-        while (one := asked.get()) is not None:
-            step, found = one
-            if not found.set_running_or_notify_cancel():
+    def _read(self, requests: SimpleQueue[_Request | None]) -> None:
+        while (request := requests.get()) is not None:
+            step, future = request
+            if not future.set_running_or_notify_cancel():
                 continue
             try:
-                found.set_result(self.ready(step, self.batch(step)))
+                future.set_result(self.ready(step, self.batch(step)))
             except BaseException as error:
-                found.set_exception(error)
+                future.set_exception(error)

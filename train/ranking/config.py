@@ -45,9 +45,9 @@ class RankingConfig(Settings):
         return self.pointwise, self.pairwise, self.listwise
 
 
-def without_groups(key: str, where: str) -> str:
+def missing_groups_message(key: str, corpus: str) -> str:
     """Return the message for a run that needs groups on a corpus without them."""
     return (
-        f"{key} needs groups, but the sequences of {where} have none: set corpus.group_field to "
+        f"{key} needs groups, but the sequences of {corpus} have none: set corpus.group_field to "
         "the field that all documents of a query have in common, and cache the corpus with it"
     )

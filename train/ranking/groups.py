@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
-from rekindle.train.ranking.scores import Ints, ordered, parts_of
+from rekindle.train.ranking.scores import Ints, groups_with_order, parts_of
 
 log = logging.getLogger("rekindle")
 
@@ -30,16 +30,17 @@ class Graded(Protocol):
         """The label's type in the words of a message."""
 
 
-class Grouped(NamedTuple):
+class GroupedFile(NamedTuple):
     """The documents of one file: ``groups`` and ``queries`` are texts, ``numbers`` their rows in
-    the file. ``named``: whether the file names the groups; otherwise the queries are the groups.
+    the file. ``has_group_names``: whether the file names the groups; otherwise the queries are
+    the groups.
     """
 
     path: str
     groups: Sequence[str]
     queries: Sequence[str]
     numbers: Sequence[int]
-    named: bool
+    has_group_names: bool
 
 
 def group_names(path: str, field: str, column: Sequence[object]) -> list[str]:
@@ -60,10 +61,10 @@ def group_names(path: str, field: str, column: Sequence[object]) -> list[str]:
     return names
 
 
-def numbered(names: Sequence[str]) -> Ints:
+def number_names(names: Sequence[str]) -> Ints:
     """Return a number for each name, by first appearance: int64 [N]."""
-    known: dict[str, int] = {}
-    return np.array([known.setdefault(name, len(known)) for name in names], np.int64)
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
 
 
 def grades_of(path: str, labels: Sequence[Graded], numbers: Sequence[int]) -> NDArray[np.float32]:
@@ -73,9 +74,9 @@ def grades_of(path: str, labels: Sequence[Graded], numbers: Sequence[int]) -> ND
     """
     for label, row in zip(labels, numbers, strict=True):
         if label.kind not in ("a boolean", "a number") or label.kind != labels[0].kind:
-            beside = f", but row {numbers[0]} has {labels[0].raw!r}" if row != numbers[0] else ""
+            contrast = f", but row {numbers[0]} has {labels[0].raw!r}" if row != numbers[0] else ""
             raise InputError(
-                f"{path}, row {row}: label {label.raw!r} is {label.kind}{beside}; a ranking has "
+                f"{path}, row {row}: label {label.raw!r} is {label.kind}{contrast}; a ranking has "
                 "grades (numbers from 0 on) or clicks (true, false), one kind throughout"
             )
     with np.errstate(over="ignore"):  # refused below
@@ -93,85 +94,90 @@ def grades_of(path: str, labels: Sequence[Graded], numbers: Sequence[int]) -> ND
     return grades
 
 
-def check_order(found: Grouped, grades: NDArray[np.float32]) -> None:
+def check_order(file: GroupedFile, grades: NDArray[np.float32]) -> None:
     """Raise InputError if no group has documents of different grades; log how many lack them, and
     what is odd about the others.
     """
-    parts = parts_of(numbered(found.groups))
-    told = ordered(grades, parts)
-    if not told:
+    parts = parts_of(number_names(file.groups))
+    with_order = groups_with_order(grades, parts)
+    if not with_order:
         single = sum(len(rows) == 1 for rows in parts)
-        ones = f", and {single:,} of them have one document" if single else ""
-        whose = "the field of the groups (--set group_field=…)" if found.named else (
+        details = f", and {single:,} of them have one document" if single else ""
+        advice = "the field of the groups (--set group_field=…)" if file.has_group_names else (
             "a field of groups (--set group_field=…), for each query text is a group now"
         )  # fmt: skip
         raise InputError(
-            f"{found.path} has {counted(len(parts), 'group')}, and in none are there documents of "
-            f"different grades{ones}: no order is better than another. Give documents that are "
-            f"less relevant, too, or name {whose}"
+            f"{file.path} has {counted(len(parts), 'group')}, and in none are there documents of "
+            f"different grades{details}: no order is better than another. Give documents that are "
+            f"less relevant, too, or name {advice}"
         )
-    if not found.named:
+    if not file.has_group_names:
         log.info(
             "%s has no field of groups: all rows of one query text are a group, %s",
-            *(found.path, counted(len(parts), "group")),
+            *(file.path, counted(len(parts), "group")),
         )
         return
     for rows in parts:
-        first = found.queries[rows[0]]
-        other = next((row for row in rows[1:].tolist() if found.queries[row] != first), None)
-        if other is not None:
+        first = file.queries[rows[0]]
+        row = next((row for row in rows[1:].tolist() if file.queries[row] != first), None)
+        if row is not None:
             log.warning(
                 "%s: the group %r has more than one query: row %d has %.40r, row %d has %.40r; "
                 "their documents are compared with each other",
-                *(found.path, found.groups[other], found.numbers[rows[0]], first),
-                *(found.numbers[other], found.queries[other]),
+                *(file.path, file.groups[row], file.numbers[rows[0]], first),
+                *(file.numbers[row], file.queries[row]),
             )
             return
 
 
-def told_groups(groups: Ints, grades: NDArray[np.floating]) -> str:
+def describe_groups(groups: Ints, grades: NDArray[np.floating]) -> str:
     """Return how many groups there are, how large, and how many of them have no order."""
     parts = parts_of(groups)
     sizes = [len(rows) for rows in parts]
-    silent = len(parts) - len(ordered(grades, parts))
-    span = f"{min(sizes):,}" + (f" to {max(sizes):,}" if max(sizes) > min(sizes) else "")
-    told = f"in {counted(len(parts), 'group')} of {span}, grades "
-    told += f"{grades.min():.4g} to {grades.max():.4g}"
-    if not silent:
-        return told
+    unordered = len(parts) - len(groups_with_order(grades, parts))
+    sizes_text = f"{min(sizes):,}" + (f" to {max(sizes):,}" if max(sizes) > min(sizes) else "")
+    summary = f"in {counted(len(parts), 'group')} of {sizes_text}, grades "
+    summary += f"{grades.min():.4g} to {grades.max():.4g}"
+    if not unordered:
+        return summary
     return (
-        f"{told}; {counted(silent, 'group')} of one document, or of one grade throughout: left out "
-        "of the scores and of losses that compare"
+        f"{summary}; {counted(unordered, 'group')} of one document, or of one grade throughout: "
+        "left out of the scores and of losses that compare"
     )
 
 
-def refuse_split(files: Sequence[Grouped]) -> None:
+def check_groups_unsplit(files: Sequence[GroupedFile]) -> None:
     """Raise InputError for a group that is in two files: scores would be on training data. Ids that
     another file uses again for another query are no problem.
     """
-    for number, one in enumerate(files):
-        known = dict(zip(zip(one.groups, one.queries, strict=True), one.numbers, strict=True))
-        for other in files[number + 1 :]:
-            if other.path == one.path:
+    for number, file in enumerate(files):
+        known_rows = dict(
+            zip(zip(file.groups, file.queries, strict=True), file.numbers, strict=True)
+        )
+        for other_file in files[number + 1 :]:
+            if other_file.path == file.path:
                 continue
             for key, row in zip(
-                zip(other.groups, other.queries, strict=True), other.numbers, strict=True
+                zip(other_file.groups, other_file.queries, strict=True),
+                other_file.numbers,
+                strict=True,
             ):
-                if key in known:
+                if key in known_rows:
                     raise InputError(
-                        f"{other.path}, row {row}: the group {key[0]!r} with its query is also in "
-                        f"{one.path} (row {known[key]}); all documents of a query belong into "
-                        "one split, or what was trained on is scored. Put them into one file"
+                        f"{other_file.path}, row {row}: the group {key[0]!r} with its query is "
+                        f"also in {file.path} (row {known_rows[key]}); all documents of a query "
+                        "belong into one split, or what was trained on is scored. Put them into "
+                        "one file"
                     )
 
 
-def groups_in_order(groups: Ints, random: np.random.Generator) -> Ints:
+def shuffle_groups(groups: Ints, random: np.random.Generator) -> Ints:
     """Return the rows [N], one group after another, with the groups in random order."""
     places = random.permutation(int(groups.max()) + 1)
     return np.argsort(places[groups], kind="stable")
 
 
-def whole_until(groups: Ints, count: int) -> int:
+def count_whole_groups(groups: Ints, count: int) -> int:
     """Return how many rows, sorted by group, whole groups take: at most ``count``, unless the first
     group is larger.
     """
@@ -199,11 +205,11 @@ def batches_of_groups(
             room = max(batch_size, size)
         batches[-1].append(parts[number])
         room -= size
-    whole = [np.concatenate(batch) for batch in batches]
-    return [rows[np.argsort(-lengths[rows], kind="stable")] for rows in whole]
+    joined = [np.concatenate(batch) for batch in batches]
+    return [rows[np.argsort(-lengths[rows], kind="stable")] for rows in joined]
 
 
-def tell_large(groups: Ints, batch_size: int) -> None:
+def warn_large_groups(groups: Ints, batch_size: int) -> None:
     """Log that a group is larger than a batch."""
     largest = int(np.unique(groups, return_counts=True)[1].max())
     if largest > batch_size:
@@ -220,4 +226,4 @@ def taught_rows(groups: Ints, grades: NDArray[np.floating], pointwise: bool) -> 
     """
     if pointwise:
         return np.arange(len(groups))
-    return np.sort(np.concatenate(ordered(grades, parts_of(groups))))
+    return np.sort(np.concatenate(groups_with_order(grades, parts_of(groups))))

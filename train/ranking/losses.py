@@ -48,15 +48,17 @@ def pointwise(scores: Tensor, grades: Tensor, clicks: bool) -> Tensor:
 def pairwise(scores: Tensor, grades: Tensor, same: Tensor) -> Tensor:
     """Return RankNet's logistic loss over the pairs of different grade; 0 if there is none."""
     better = same & (grades[:, None] > grades[None, :])
-    apart = functional.softplus(scores[None, :] - scores[:, None])
-    return apart.masked_fill(~better, 0).sum() / better.sum().clamp(min=1)
+    pair_losses = functional.softplus(scores[None, :] - scores[:, None])
+    return pair_losses.masked_fill(~better, 0).sum() / better.sum().clamp(min=1)
 
 
 def listwise(scores: Tensor, grades: Tensor, same: Tensor, temperature: float) -> Tensor:
     """Return ListNet's cross-entropy, mean over the groups."""
     sizes = same.to(scores.dtype).sum(dim=1)
-    own = (grades / temperature)[None, :].expand_as(same).masked_fill(~same, -torch.inf)
-    wanted = torch.exp(grades / temperature - own.logsumexp(dim=1))  # [R] for each document
-    theirs = scores[None, :].expand_as(same).masked_fill(~same, -torch.inf)
-    log_probs = scores - theirs.logsumexp(dim=1)
-    return -(wanted * log_probs).sum() / (1 / sizes).sum()  # the sum is the number of groups
+    group_grades = (grades / temperature)[None, :].expand_as(same).masked_fill(~same, -torch.inf)
+    grade_probs = torch.exp(
+        grades / temperature - group_grades.logsumexp(dim=1)
+    )  # [R] for each document
+    group_scores = scores[None, :].expand_as(same).masked_fill(~same, -torch.inf)
+    log_probs = scores - group_scores.logsumexp(dim=1)
+    return -(grade_probs * log_probs).sum() / (1 / sizes).sum()  # the sum is the number of groups

@@ -27,7 +27,7 @@ def parts_of(groups: Ints) -> list[Ints]:
     return np.split(order, edges) if len(order) else []
 
 
-def ordered(grades: NDArray[np.floating], parts: list[Ints]) -> list[Ints]:
+def groups_with_order(grades: NDArray[np.floating], parts: list[Ints]) -> list[Ints]:
     """Return the groups that have documents of different grades, so that an order matters."""
     return [rows for rows in parts if (grades[rows] != grades[rows[0]]).any()]
 
@@ -48,10 +48,13 @@ def scores_by_group(
     scores: NDArray[np.floating], grades: NDArray[np.floating], groups: Ints
 ) -> dict[str, Floats]:
     """Return each measure of each group that has an order, by ascending number of the group [G]."""
-    each = [group_scores(scores[rows], grades[rows]) for rows in ordered(grades, parts_of(groups))]
-    if not each:
+    scores_of_groups = [
+        group_scores(scores[rows], grades[rows])
+        for rows in groups_with_order(grades, parts_of(groups))
+    ]
+    if not scores_of_groups:
         raise ValueError("no group has documents of different grades")
-    return dict(zip(NAMES, np.array(each).T, strict=True))
+    return dict(zip(NAMES, np.array(scores_of_groups).T, strict=True))
 
 
 def group_scores(
@@ -68,8 +71,8 @@ def group_scores(
     discounts = 1 / np.log2(np.arange(2, len(order) + 2))
     discounts[CUT:] = 0
     ideal = float(np.sort(gains)[::-1] @ discounts)
-    tied = [np.add.reduceat(values, firsts) for values in (gains, discounts)]
-    dcg = float((tied[0] / sizes) @ tied[1])
+    tie_sums = [np.add.reduceat(values, firsts) for values in (gains, discounts)]
+    dcg = float((tie_sums[0] / sizes) @ tie_sums[1])
     hits = np.add.reduceat(relevant, firsts)
     return dcg / ideal, _reciprocal(firsts, sizes, hits), _precision(firsts, sizes, hits)
 
@@ -79,12 +82,12 @@ def _reciprocal(firsts: Ints, sizes: Ints, hits: Ints) -> float:
     with one.
     """
     tie = int(np.argmax(hits > 0))
-    before, size, relevant = int(firsts[tie]), int(sizes[tie]), int(hits[tie])
+    ranks_before, size, relevant = int(firsts[tie]), int(sizes[tie]), int(hits[tie])
     value, chance = 0.0, 1.0  # probability that no document before it in the tie is relevant
     for place in range(size - relevant + 1):
-        here = chance * relevant / (size - place)
-        value += here / (before + place + 1)
-        chance -= here
+        probability = chance * relevant / (size - place)
+        value += probability / (ranks_before + place + 1)
+        chance -= probability
     return value
 
 
@@ -92,13 +95,17 @@ def _precision(firsts: Ints, sizes: Ints, hits: Ints) -> float:
     """Return the mean of the average precision: at each place of a tie a document is as likely
     relevant as at any other, and so are the others of the tie before it.
     """
-    total, seen = 0.0, 0
+    total, relevant_before = 0.0, 0
     for first, size, relevant in zip(firsts.tolist(), sizes.tolist(), hits.tolist(), strict=True):
         place = np.arange(size)
-        beside = place * (relevant - 1) / max(size - 1, 1)
-        total += relevant / size * float(((seen + 1 + beside) / (first + 1 + place)).sum())
-        seen += relevant
-    return total / seen
+        relevant_in_tie = place * (relevant - 1) / max(size - 1, 1)
+        total += (
+            relevant
+            / size
+            * float(((relevant_before + 1 + relevant_in_tie) / (first + 1 + place)).sum())
+        )
+        relevant_before += relevant
+    return total / relevant_before
 
 
 def beyond_chance(
@@ -108,7 +115,7 @@ def beyond_chance(
     of both, each centred in its group) better than if shuffled within each group.
     """
     fit = variance = 0.0
-    for rows in ordered(grades, parts_of(groups)):
+    for rows in groups_with_order(grades, parts_of(groups)):
         a, b = (
             side[rows].astype(np.float64) - side[rows].mean(dtype=np.float64)
             for side in (scores, grades)

@@ -259,7 +259,7 @@ def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimiz
     try:
         stored = saved_tensors(path)
         files = [file for pattern in MOMENTS for file in sorted(path.glob(pattern))]
-        moments = {key: place for file in files for key, place in SavedTensor.all_in(file).items()}
+        moments = {key: saved for file in files for key, saved in SavedTensor.all_in(file).items()}
         if not files:
             raise InputError(f"it has no {OPTIMIZER_FILE}")
         tied = {f"model.{k}" for k in getattr(student.model, "all_tied_weights_keys", None) or ()}

@@ -19,9 +19,9 @@ from rekindle.train.objective.selection import (
 )
 
 NAMES = tuple(
-    f"{what}_{how}"
-    for what in ("sequences", "positions")
-    for how in ("with_kd", "ce_only", "neither")
+    f"{unit}_{kind}"
+    for unit in ("sequences", "positions")
+    for kind in ("with_kd", "ce_only", "neither")
 )
 
 

@@ -57,8 +57,8 @@ def local_runs(
 
     with working_copy(out, fill) as folder:
         if folder != out and current_launch().rank == 0:
-            told = "worked on in %s, and uploaded at checkpoints"
-            log.info(f"%s: {told}", address_of(out), folder.parent)
+            message = "worked on in %s, and uploaded at checkpoints"
+            log.info(f"%s: {message}", address_of(out), folder.parent)
         yield folder
 
 

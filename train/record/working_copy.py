@@ -71,8 +71,8 @@ def store_of(folder: Path) -> ObjectStore | None:
     """Return the store to which a local folder, or its parent, is uploaded; None for a folder that
     is used in place.
     """
-    for place, inside in ((folder, ""), (folder.parent, f"/{folder.name}")):
-        if (mark := _mark_file(place)).exists():
+    for candidate, inside in ((folder, ""), (folder.parent, f"/{folder.name}")):
+        if (mark := _mark_file(candidate)).exists():
             return _open_store(mark.read_text().partition("\n")[0] + inside)
     return None
 

@@ -24,7 +24,7 @@ from rekindle.train.config import TrainConfig
 from rekindle.train.distributed import ParallelStudent
 from rekindle.train.objective.pulls import with_norms
 from rekindle.train.objective.ranking import with_groups
-from rekindle.train.objective.ready import Ready
+from rekindle.train.objective.ready import PreparedBatch
 from rekindle.train.objective.selection import StepPlan
 from rekindle.train.objective.vector_loss import with_vectors
 from rekindle.train.optimizer import set_learning_rate
@@ -130,9 +130,9 @@ class Judge:
 
     def _values(self, pending: PendingStep) -> dict[str, float]:
         norm, loss, *values, tokens = pending.values.read()
-        now = time.perf_counter()
+        read_at = time.perf_counter()
         # A step given to the device while another ran began when that one ended.
-        seconds, self._read = now - max(pending.began, self._read), now
+        seconds, self._read = read_at - max(pending.began, self._read), read_at
         problem = self.watch.complaint(loss, norm, pending.plan.weights, pending.usual)
         if problem is not None:
             refused_step = (self.training, pending.plan.step, problem)
@@ -146,7 +146,7 @@ class Judge:
         )
 
 
-def take_step(training: Training, ready: Ready, judge: Judge) -> PendingStep:
+def take_step(training: Training, ready: PreparedBatch, judge: Judge) -> PendingStep:
     """Take an optimiser step on this process's share of a batch.
 
     Gradients are averaged over the processes, so each share is multiplied by their number.
@@ -175,7 +175,7 @@ def take_step(training: Training, ready: Ready, judge: Judge) -> PendingStep:
         for name, value in term_losses.items():
             terms[name] = terms.get(name, zero) + value
     norm = training.student.clip(config.max_grad_norm or math.inf).double()
-    names = objective.shown(counts, plan)
+    names = objective.loss_names(counts, plan)
     losses = [loss, *(terms.get(name, zero) for name in names)]
     own_sums = torch.stack([value.float() for value in losses]).double()
     tokens = own_sums.new_full((1,), int(batch.lengths.sum()))

@@ -20,7 +20,7 @@ from rekindle.pipeline.compare.tables import as_text
 from rekindle.pipeline.progress import SILENT
 from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.evaluate import evaluate_file
-from rekindle.train.answers.judge import judged, open_judge
+from rekindle.train.answers.judge import judge_texts, open_judge
 from rekindle.train.answers.labelled import read_labelled
 from rekindle.train.embedding.texts import TextEncoder, describe_encoder
 from rekindle.train.export.sentence_folder import write_beside
@@ -80,7 +80,7 @@ def labelled(saved, tmp_path_factory):
     path = tmp_path_factory.mktemp("labelled") / "test.jsonl"
     write_labelled(path, [NAMES[n % 3] for n in range(60)])
     judge = open_judge(str(saved(1)), "trec")
-    logits, _ = judged(judge, read_labelled(str(path), judge, AskConfig()), AskConfig())
+    logits, _ = judge_texts(judge, read_labelled(str(path), judge, AskConfig()), AskConfig())
     said = [judge.labels[n] for n in logits.argmax(axis=1)]
     labels = [NAMES[NAMES.index(n) - 1] if row % 10 == 0 else n for row, n in enumerate(said)]
     write_labelled(path, labels)

@@ -212,7 +212,7 @@ def test_a_wrong_column_is_named_before_a_model_is_loaded(
     tmp_path, folder, make_model, wordpiece, monkeypatch
 ):
     for name in ("evaluate", "predict"):
-        monkeypatch.setattr(f"rekindle.train.answers.{name}.open_asked", None)
+        monkeypatch.setattr(f"rekindle.train.answers.{name}.open_text_judge", None)
     monkeypatch.setattr("rekindle.train.answers.perplexity.open_language_model", None)
     expert = classifier(make_model, wordpiece, 2, *LABELS)
     config = AskConfig(text_field=["txt"])

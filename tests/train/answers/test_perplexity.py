@@ -63,7 +63,7 @@ def test_perplexity_is_transformers_own_loss_weighted_by_tokens(
     assert found.tokens == count
     assert found.ce == pytest.approx(total / count, abs=1e-4)
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-3)
-    assert found.told().splitlines()[1] == f"ce: {found.ce:.4f} nats per token"
+    assert found.summary().splitlines()[1] == f"ce: {found.ce:.4f} nats per token"
     assert (found.measure, found.task, found.texts) == ("perplexity", "causal_lm", len(TEXTS))
 
 
@@ -144,7 +144,7 @@ def test_pseudo_perplexity_masks_each_token_in_turn(file, make_model, wordpiece,
     again = text_perplexity(path, file, config=PerplexityConfig(tokens=20, seed=0))
     assert again.ce == some.ce
     assert "at most 20 tokens" in some.rule
-    assert "95 %" in some.told()
+    assert "95 %" in some.summary()
 
 
 def test_a_student_is_asked_as_the_language_model_it_is(tmp_path, file, make_model, wordpiece):
@@ -180,7 +180,7 @@ def test_texts_are_read_as_a_corpus_reads_them(tmp_path, make_model, bytelevel):
         for name in ("t.jsonl", "t.csv", "t.parquet", "t.txt")
     }
     texts = found.pop("t.txt")  # which lose the blanks at their ends
-    assert f" tokens of {len(TEXTS)} texts between blank lines)" in texts.told()
+    assert f" tokens of {len(TEXTS)} texts between blank lines)" in texts.summary()
     assert [one.ce for one in found.values()] == pytest.approx([found["t.jsonl"].ce] * 3)
     with pytest.raises(InputError, match=r"no field 'text' \(--text-field\)"):
         text_perplexity(path, str(tmp_path / "t.jsonl"))

@@ -128,7 +128,7 @@ def test_models_that_padding_changes_see_texts_of_one_length_together(
 def test_a_line_of_a_txt_file_is_a_text(tmp_path, expert):
     (tmp_path / "t.txt").write_bytes("\ufeffthe river\r\n\n  \na city\nold".encode())
     found = predict_file(expert, str(tmp_path / "t.txt"), str(tmp_path / "o.jsonl"))
-    assert found.told().startswith("3 rows (each line is one text): ")
+    assert found.summary().startswith("3 rows (each line is one text): ")
     assert [one["text"] for one in lines(tmp_path / "o.jsonl")] == ["the river", "a city", "old"]
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rekindle.data.errors import InputError
-from rekindle.train.answers.recorded import Recorded, recorded
+from rekindle.train.answers.recorded import ExpertRecord, read_expert_record
 from rekindle.train.finetune.result import WRITER
 
 SOUND = {"written_by": WRITER, "metric": "f1", "pairs": None, "config": {"max_length": 4}}
@@ -17,15 +17,15 @@ def write(folder, values):
 
 def test_what_was_written_is_read(tmp_path):
     write(tmp_path, SOUND)
-    found = recorded(tmp_path)
+    found = read_expert_record(tmp_path)
     assert (found.metric, found.pairs, found.settings["max_length"]) == ("f1", None, 4)
 
 
 @pytest.mark.parametrize("values", [[], {"accuracy": 0.9}, {"written_by": "me", "metric": "f1"}])
 def test_a_file_of_somebody_else_says_nothing(tmp_path, values):
-    assert recorded(tmp_path) == Recorded()
+    assert read_expert_record(tmp_path) == ExpertRecord()
     write(tmp_path, values)
-    assert recorded(tmp_path) == Recorded()
+    assert read_expert_record(tmp_path) == ExpertRecord()
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_what_is_damaged_is_named(tmp_path, change, told):
     """Texts would be cut elsewhere, and labels judged otherwise, without a word."""
     write(tmp_path, SOUND | change)
     with pytest.raises(InputError, match=rf"metrics\.json.* is damaged.*{told}"):
-        recorded(tmp_path)
+        read_expert_record(tmp_path)
 
 
 def test_a_file_that_was_cut_short_is_named(tmp_path):
@@ -51,4 +51,4 @@ def test_a_file_that_was_cut_short_is_named(tmp_path):
     path = tmp_path / "metrics.json"
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(InputError, match=r"metrics\.json, which .*it is not JSON"):
-        recorded(tmp_path)
+        read_expert_record(tmp_path)

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from rekindle.train.answers.windows import causal_windows, drawn, masked_pieces, masked_windows
+from rekindle.train.answers.windows import (
+    causal_windows,
+    draw_places,
+    masked_pieces,
+    masked_windows,
+)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +46,7 @@ def test_a_draw_is_even_and_the_same_again_and_holds_no_more():
     every = {(int(ids[0]), int(p)) for ids, places in pieces for p in places}
     counts = dict.fromkeys(every, 0)
     for seed in range(400):
-        chosen = drawn(pieces, 30, seed)
+        chosen = draw_places(pieces, 30, seed)
         found = [(int(ids[0]), int(p)) for ids, places in chosen for p in places]
         assert len({*found}) == len(found) == 30
         assert found == sorted(found)
@@ -50,5 +55,7 @@ def test_a_draw_is_even_and_the_same_again_and_holds_no_more():
     expected = 400 * 30 / len(every)
     deviations = (np.array([*counts.values()]) - expected) / np.sqrt(expected)
     assert np.abs(deviations).max() < 4.5
-    assert drawn(pieces, 30, 3)[0][1].tolist() == drawn(iter(pieces), 30, 3)[0][1].tolist()
-    assert {(int(i[0]), int(p)) for i, ps in drawn(pieces, 10**6, 0) for p in ps} == every
+    assert (
+        draw_places(pieces, 30, 3)[0][1].tolist() == draw_places(iter(pieces), 30, 3)[0][1].tolist()
+    )
+    assert {(int(i[0]), int(p)) for i, ps in draw_places(pieces, 10**6, 0) for p in ps} == every

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle.train.finetune.best_epoch import DONE, MAX_STEPS, PATIENCE, BestEpoch, told_end
+from rekindle.train.finetune.best_epoch import DONE, MAX_STEPS, PATIENCE, BestEpoch, describe_end
 from rekindle.train.finetune.config import (
     LEAST_EPOCHS,
     LEAST_STEPS,
@@ -43,7 +43,7 @@ def test_the_first_best_epoch_is_kept_with_its_weights_scores_and_logits(found, 
     best = BestEpoch(patience)
     for number, score in enumerate(found, start=1):
         torch.nn.init.constant_(model.weight, number)
-        best.look("f1", {"f1": float(score)}, np.full((1, 1), number), model)
+        best.update("f1", {"f1": float(score)}, np.full((1, 1), number), model)
         if best.ran_out:
             break
     ran = found[: best.last]
@@ -66,7 +66,7 @@ def test_the_first_best_epoch_is_kept_with_its_weights_scores_and_logits(found, 
     ],
 )
 def test_what_is_kept_is_told_in_a_line(ended, told):
-    assert told_end(*ended) == told
+    assert describe_end(*ended) == told
 
 
 def test_a_result_that_learned_nothing_is_a_warning_and_one_that_did_is_none(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle.train.finetune.constant import Constant, Weak, beyond_shuffled, weak_beside
+from rekindle.train.finetune.constant import Constant, Weak, beyond_shuffled, find_weakness
 from rekindle.train.finetune.metrics import scores_of
 from rekindle.train.finetune.task_data import TaskData
 
@@ -23,7 +23,7 @@ def weak(metric, guesses, labels, names=NAMES, positive=None, **more):
     if names:
         said = guesses if guesses.ndim > 1 else guesses[:, None] == np.arange(len(names))
         logits = np.where(said, 9.0, -9.0).astype(np.float32)
-    found = weak_beside(metric, scores_of(data, logits)[metric], logits, data)
+    found = find_weakness(metric, scores_of(data, logits)[metric], logits, data)
     return found and found.constant
 
 
@@ -108,7 +108,7 @@ def test_tags_of_words_are_held_against_the_commonest():
     for said, is_weak in ((guesses, False), (np.zeros_like(labels), True)):
         logits = np.where(said[:, None] == np.arange(2), 9.0, -9.0).astype(np.float32)
         logits[50] = np.nan  # a word that was not read
-        found = weak_beside("accuracy", scores_of(data, logits)["accuracy"], logits, data)
+        found = find_weakness("accuracy", scores_of(data, logits)["accuracy"], logits, data)
         assert (found is not None) == is_weak
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rekindle.train.finetune.entities import complete, entities, entity_f1, tags_entities
+from rekindle.train.finetune.entities import complete_tags, entities, entity_f1, tags_entities
 from rekindle.train.finetune.metrics import scores_of
 from rekindle.train.finetune.task_data import TaskData
 
@@ -51,9 +51,9 @@ def test_tags_are_of_entities_if_all_say_how_one_goes_on():
     assert tags_entities(["O", "B", "I"])
     assert not tags_entities(["NOUN", "VERB", "O"])
     assert not tags_entities(["B-A", "I-A"])
-    assert complete(["O", "B-A", "I-B"]) == {"O", "B-A", "I-A", "B-B", "I-B"}
-    assert complete(["O", "S-A", "E-B"]) >= {"B-A", "I-A", "E-A", "S-B"}
-    assert complete(["NOUN", "VERB"]) == {"NOUN", "VERB"}
+    assert complete_tags(["O", "B-A", "I-B"]) == {"O", "B-A", "I-A", "B-B", "I-B"}
+    assert complete_tags(["O", "S-A", "E-B"]) >= {"B-A", "I-A", "E-A", "S-B"}
+    assert complete_tags(["NOUN", "VERB"]) == {"NOUN", "VERB"}
 
 
 def test_a_word_that_is_not_read_is_outside_and_wrong():

@@ -216,7 +216,9 @@ def test_the_last_epoch_is_kept_unless_patience_is_set(tmp_path, bert, monkeypat
         0.5, 0.9, 0.8, 0.7,
     ]  # fmt: skip
     assert result.mean == 0.9
-    assert result.kept == "epoch 2 of 9, best on dev; ended after 4: 2 in a row were no better"
+    assert (
+        result.kept_model == "epoch 2 of 9, best on dev; ended after 4: 2 in a row were no better"
+    )
     assert (result.kept_epoch, result.per_seed[0].stopped) == (2, "patience")
     assert len(kept) == 4  # what was scored once is not scored again
     saved = load_file(tmp_path / "out" / "model.safetensors")
@@ -226,7 +228,7 @@ def test_the_last_epoch_is_kept_unless_patience_is_set(tmp_path, bert, monkeypat
     falling = iter([0.9, 0.8, 0.7])
     last = FinetuneConfig(epochs=3, batch_size=16, patience=None)
     told = finetune(bert, train, dev, str(tmp_path / "last"), config=last)
-    assert told.kept == "epoch 3 of 3, the last"
+    assert told.kept_model == "epoch 3 of 3, the last"
     saved = load_file(tmp_path / "last" / "model.safetensors")
     assert len(kept) == 3
     assert all(torch.equal(saved[name], kept[2][name]) for name in saved)

@@ -12,9 +12,9 @@ from rekindle.train.finetune.metrics import (
     METRICS,
     all_scores,
     chosen_metric,
+    log_undefined_scores,
     printed_name,
     score,
-    tell_undefined,
 )
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.ranking.kinds import RANKING
@@ -138,6 +138,6 @@ def test_bad_calls_are_named():
 )
 def test_what_is_not_defined_and_what_a_mean_is_over_are_said(labels, names, told, caplog):
     caplog.set_level("INFO", "rekindle")
-    tell_undefined("F", TaskData(["t"] * len(labels), None, labels, names))
+    log_undefined_scores("F", TaskData(["t"] * len(labels), None, labels, names))
     assert told in caplog.text
     assert len(caplog.records) == bool(told)

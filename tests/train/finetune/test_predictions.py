@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rekindle.data.errors import InputError
-from rekindle.train.finetune.predictions import Answers, answered, labels_in, write_rows
+from rekindle.train.finetune.predictions import Answers, add_answers, labels_of, write_rows
 
 SINGLE, SEVERAL = "single_label_classification", "multi_label_classification"
 LOGITS = np.array([0.5, 2.0, -1.0], np.float32)
@@ -27,7 +27,7 @@ def test_each_problem_has_its_columns():
     assert [*several["probabilities"].values()] == pytest.approx(1 / (1 + np.exp(-LOGITS)))
     assert Answers("regression", ("x",)).of(LOGITS[:1]) == {"score": 0.5}
     assert Answers("regression", names).of(LOGITS) == {"scores": [0.5, 2.0, -1.0]}
-    assert [labels_in(answer) for answer in (one, several, {"score": 1.0})] == [
+    assert [labels_of(answer) for answer in (one, several, {"score": 1.0})] == [
         ["b"],
         ["a", "b"],
         [],
@@ -44,13 +44,13 @@ def test_numbers_are_the_float32_in_its_fewest_digits():
 def test_own_columns_stay_and_those_that_are_taken_get_another_name():
     answer = {"label": "b", "probabilities": {}}
     row = {"label": "gold", "text": "t", "n": 1}
-    found = next(answered([row], [answer], "f"))
+    found = next(add_answers([row], [answer], "f"))
     assert [*found.items()] == [
         *{"given_label": "gold", "text": "t", "n": 1}.items(),
         *answer.items(),
     ]
     with pytest.raises(InputError, match="f, row 7: it has the columns 'label' and 'given_label'"):
-        [*answered([{"label": 1, "given_label": 2}], [answer], "f", 7)]
+        [*add_answers([{"label": 1, "given_label": 2}], [answer], "f", 7)]
 
 
 def written(row, **how):

@@ -12,7 +12,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.commands.next_commands import next_commands
 from rekindle.train.answers.evaluate import evaluate_file
 from rekindle.train.finetune.config import FinetuneConfig
-from rekindle.train.finetune.constant import weak_beside
+from rekindle.train.finetune.constant import find_weakness
 from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.task_data import read_task
 
@@ -67,7 +67,7 @@ def test_a_file_is_read_as_queries_documents_and_grades(files, tmp_path, caplog)
     assert splits[0].labels.tolist() == [row["label"] for row in rows]
     same = [[a["group"] == b["group"] for b in rows] for a in rows]
     assert (splits[0].groups[:, None] == splits[0].groups).tolist() == same
-    assert "ranking: 200 rows in 40 groups of 5, grades 0 to 2" in splits[0].described()
+    assert "ranking: 200 rows in 40 groups of 5, grades 0 to 2" in splits[0].describe()
     assert read_task(train, dev, settings=FinetuneConfig(problem="regression"))[0].groups is None
     other = [
         {"a": r["query"], "b": r["document"], "y": str(r["label"]), "qid": r["group"]} for r in rows
@@ -97,7 +97,7 @@ def test_clicks_are_0_and_1_and_what_says_nothing_is_left_out_and_said(tmp_path)
     data = read_task(write(tmp_path / "t.jsonl", rows))[0]
     assert data.labels.tolist() == [1, 0, 0, 0, 0, 0, 0]
     told = "7 rows in 3 groups of 1 to 3, grades 0 to 1; 2 groups of one document"
-    assert told in data.described()
+    assert told in data.describe()
     (tmp_path / "t.csv").write_text(
         "query,document,label\nq,a,True\nq,b,false\nq,c,TRUE\n", encoding="utf-8"
     )
@@ -202,7 +202,7 @@ def test_each_loss_makes_a_ranker_that_evaluate_scores_alike(
     each = [zip(*pairs, strict=True) for pairs in by_group.values() if len(dict(pairs)) > 1]
     theirs = [ndcg_score([truth], [given], k=10) for truth, given in each]
     assert scores["ndcg@10"] == pytest.approx(np.mean(theirs), abs=1e-6)
-    chance = weak_beside("ndcg@10", scores["ndcg@10"], np.zeros((60, 1)), read_task(dev)[0])
+    chance = find_weakness("ndcg@10", scores["ndcg@10"], np.zeros((60, 1)), read_task(dev)[0])
     assert scores["ndcg@10"] > chance.constant.score + 0.05
     config = AutoConfig.from_pretrained(out)
     assert (config.problem_type, config.num_labels) == ("regression", 1)
@@ -216,10 +216,10 @@ def test_each_loss_makes_a_ranker_that_evaluate_scores_alike(
 def test_what_a_random_order_gets_is_called_weak(tmp_path):
     data = read_task(write(tmp_path / "t.jsonl", rows_of("dev", 20)))[0]
     noise = np.random.default_rng(1).normal(size=(len(data), 1)).astype(np.float32)
-    weak = weak_beside("ndcg@10", 0.75, noise, data)
+    weak = find_weakness("ndcg@10", 0.75, noise, data)
     assert weak is not None
     assert "that of guessing" in str(weak)
-    assert weak_beside("ndcg@10", 1.0, data.labels[:, None], data) is None
+    assert find_weakness("ndcg@10", 1.0, data.labels[:, None], data) is None
 
 
 def test_a_group_larger_than_a_batch_is_a_step_of_its_own_and_that_is_said(

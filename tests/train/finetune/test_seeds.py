@@ -17,7 +17,7 @@ from rekindle.train.finetune import seeds as seeds_module
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.result import SeedResult, seed_folder
 from rekindle.train.finetune.run import finetune
-from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
+from rekindle.train.finetune.seeds import FinishedSeeds, describe_tuning
 from rekindle.train.interrupts import Interrupted
 from rekindle.train.model.files import Placement
 
@@ -125,7 +125,7 @@ def left(out, about, planned, scores, error=None, every=False):
     missing before.
     """
     seeds = FinishedSeeds(out, range(planned), "accuracy", every)
-    with pytest.raises(type(error)) if error else nullcontext(), seeds.held(about):
+    with pytest.raises(type(error)) if error else nullcontext(), seeds.lock(about):
         missing = list(seeds.missing())
         for seed, accuracy in scores.items():
             seeds.add(
@@ -266,12 +266,12 @@ def test_another_tokenizer_device_or_precision_is_something_else(bert, tmp_path)
     folder = tmp_path / "model"
     shutil.copytree(bert, folder)
     here = Placement(device="cuda:0", precision="bf16")
-    first = what_is_tuned(str(folder), {}, {}, here)
-    assert first == what_is_tuned(bert, {}, {}, Placement(device="cuda:1", precision="bf16"))
+    first = describe_tuning(str(folder), {}, {}, here)
+    assert first == describe_tuning(bert, {}, {}, Placement(device="cuda:1", precision="bf16"))
     about = json.loads((folder / "tokenizer_config.json").read_text())
     short = about | {"model_max_length": 7}  # the vocabulary stays
     (folder / "tokenizer_config.json").write_text(json.dumps(short))
-    there = what_is_tuned(str(folder), {}, {}, Placement(device="cpu", precision="fp32"))
+    there = describe_tuning(str(folder), {}, {}, Placement(device="cpu", precision="fp32"))
     assert {key for key in first if first[key] != there[key]} == {
         *("tokenizer", "device", "precision")
     }

@@ -89,7 +89,7 @@ def test_a_list_of_names_is_labels_that_hold_and_an_empty_one_none(tmp_path, nam
     assert (data.problem, data.label_names) == (SEVERAL, ("a", "b"))
     assert data.labels.tolist() == HELD
     assert data.counts == {"a": 1, "b": 2}
-    assert data.described() == (
+    assert data.describe() == (
         "multi-label classification: 3 rows, 2 labels: a 1, b 2; 1.00 a row on average, none in 1 "
         "row; F1 is at probability 0.5"
     )

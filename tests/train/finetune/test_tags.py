@@ -55,7 +55,7 @@ def test_tokens_and_tags_are_lists_or_stand_between_blanks(tmp_path, name):
     assert data.texts == ["EU rejects Peter", "", "[ x ]"]
     assert data.labels.tolist() == [0, 4, 1, 4, 4, 4]
     assert [one.tolist() for one in data.by_text(data.labels)] == [[0, 4, 1], [], [4, 4, 4]]
-    assert data.described() == (
+    assert data.describe() == (
         "token classification: 3 rows, 1 of them without text, 6 words, 5 tags: B-ORG 1, B-PER 1, "
         "I-ORG 0, I-PER 0, O 4; F1 is of whole entities"
     )
@@ -66,7 +66,7 @@ def test_columns_of_other_names_are_named(tmp_path):
     path = write(tmp_path / "a.jsonl", rows)
     data = read(path, text_field="words", label_field="ner_tags")
     assert (data.words, data.label_names) == ([["a", "b"]], ("X", "Y"))
-    assert data.described().endswith("2 words, 2 tags: X 1, Y 1; one label a token")
+    assert data.describe().endswith("2 words, 2 tags: X 1, Y 1; one label a token")
     assert chosen_metric(None, data) == "accuracy"
     with pytest.raises(InputError, match=r"use one of: accuracy$"):
         chosen_metric("f1", data)

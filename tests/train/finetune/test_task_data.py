@@ -268,7 +268,7 @@ def test_labels_that_are_left_out_are_so_in_every_split_and_counted(tmp_path):
     found = read_task(train, dev, settings=TaskSettings(drop_labels=[-1]))
     assert [data.dropped for data in found] == [{"-1": 1}] * 2
     assert [*found[1].rows] == [2]
-    assert found[0].described() == (
+    assert found[0].describe() == (
         "classification: 2 rows (1 of '-1' left out), 2 classes: 0 1, 1 1; F1 is that of '1'"
     )
     with pytest.raises(InputError, match="leaves none of its 2 rows"):
@@ -318,7 +318,7 @@ def test_what_decides_is_told_as_a_command_and_a_cycle_take_it(tmp_path):
 def test_texts_that_are_empty_are_counted(tmp_path):
     rows = [{"text": text, "label": n % 2} for n, text in enumerate(["a", "", " ", "b"])]
     (data,) = read_task(jsonl(tmp_path / "a.jsonl", rows))
-    assert data.described().startswith("classification: 4 rows, 2 of them without text, 2 classes")
+    assert data.describe().startswith("classification: 4 rows, 2 of them without text, 2 classes")
 
 
 def test_columns_are_chosen(tmp_path):

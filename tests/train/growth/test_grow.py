@@ -265,7 +265,7 @@ def test_noise_is_on_the_divided_columns_of_every_copy_but_the_first(name, tied,
     found = []
     for key, value in noisy.items():
         added = value - plain[key]
-        role, layer = growth.family.role(key), growth.family.place(key)[0]
+        role, layer = growth.family.role(key), growth.family.split_name(key)[0]
         output = isinstance(role, Output) and not tied and value.dim() == 2
         if not output and not (isinstance(role, Linear) and value.dim() == 2):
             assert not added.any(), key

@@ -198,7 +198,7 @@ def test_sequences_of_another_cache_are_refused(masked_world, causal_world):
 @pytest.mark.parametrize("asked", [True, False])
 def test_targets_that_teach_nobody_are_told_of_once(causal_world, monkeypatch, caplog, asked):
     """As those of a Trainer without the mixin; not once a loss was asked for."""
-    monkeypatch.setattr(collator, "TELL_UNREAD", 3)
+    monkeypatch.setattr(collator, "WARN_UNUSED_AFTER", 3)
     teaching = Distillation(causal_world.open(), ["lm"])
     collate = teaching.collator()
     batch = collate([Place(0, 0)])[TARGETS]

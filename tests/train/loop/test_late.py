@@ -13,7 +13,7 @@ from rekindle.data.errors import CheckpointError, InputError
 from rekindle.train import loop, prepare
 from rekindle.train.device_batch import SentArray
 from rekindle.train.objective.objective import Objective, StepLoss
-from rekindle.train.objective.ready import MakeReady
+from rekindle.train.objective.ready import BatchPreparer
 from rekindle.train.steps.take import Judge
 from testlib.loop import ALL, run, stop_at, train_config
 from testlib.students import metrics, same_weights
@@ -203,8 +203,8 @@ def test_batches_that_were_sent_ahead_teach_the_same(masked_world, whole, tmp_pa
     monkeypatch.setattr(SentArray, "there", there)
     monkeypatch.setattr(
         prepare,
-        "MakeReady",
-        lambda objective, size, _, count: MakeReady(objective, size, copies, count),
+        "BatchPreparer",
+        lambda objective, size, _, count: BatchPreparer(objective, size, copies, count),
     )
     out = run(masked_world, tmp_path / "run", train_config(ALL)).directory
     assert same_weights(out, whole.directory)

@@ -83,7 +83,7 @@ def test_the_worked_example_mixes_as_by_hand(temperature, expected):
     assert union.names == ("cat", "dog", "bird")
     assert union.places == {"A": (0, 1), "B": (1, 2, 0)}
     weights = expert_weights(worked_certainties(), UncertaintyConfig())
-    found = union.mixed(LOGITS, weights, temperature)
+    found = union.mix(LOGITS, weights, temperature)
     assert found[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
@@ -91,7 +91,7 @@ def test_the_worked_example_apart():
     union = LabelUnion.of([A, B], "apart")
     assert union.names == ("A/cat", "A/dog", "B/dog", "B/bird", "B/cat")
     assert union.places == {"A": (0, 1), "B": (2, 3, 4)}
-    found = union.mixed(LOGITS, rows([0.5, 0.5]), 1.0)
+    found = union.mix(LOGITS, rows([0.5, 0.5]), 1.0)
     assert found[0].tolist() == pytest.approx([0.375, 0.125, 0.25, 0.1, 0.15], abs=1e-6)
 
 
@@ -232,7 +232,7 @@ def test_a_mixture_is_a_distribution_over_the_union(sets, overlap, seed, tempera
     union = LabelUnion.of(experts, overlap)
     logits = {e.name: 5 * torch.randn(3, len(e.label_names), generator=draw) for e in experts}
     weights = torch.softmax(torch.randn(3, len(sets), generator=draw), 1)
-    found = union.mixed(logits, weights, temperature)
+    found = union.mix(logits, weights, temperature)
     assert found.shape == (3, len(union.names))
     assert torch.allclose(found.sum(1), torch.ones(3), atol=1e-5)
     expected = torch.zeros(3, len(union.names))
@@ -245,14 +245,14 @@ def test_a_mixture_is_a_distribution_over_the_union(sets, overlap, seed, tempera
 
 def test_an_expert_of_weight_0_says_nothing():
     union = LabelUnion.of([A, B], "merge")
-    found = union.mixed(LOGITS, rows([1.0, 0.0]), 1.0)
+    found = union.mix(LOGITS, rows([1.0, 0.0]), 1.0)
     assert found[0].tolist() == pytest.approx([0.75, 0.25, 0.0])
 
 
 def test_no_row_makes_no_mixture():
     union = LabelUnion.of([A, B], "merge")
     logits = {"A": torch.zeros(0, 2), "B": torch.zeros(0, 3)}
-    assert union.mixed(logits, torch.zeros(0, 2), 2.0).shape == (0, 3)
+    assert union.mix(logits, torch.zeros(0, 2), 2.0).shape == (0, 3)
     assert certainty(torch.zeros(0, 3)).shape == (0,)
     assert margin(torch.zeros(0, 2)).shape == (0,)
     assert expert_weights(torch.zeros(0, 2), UncertaintyConfig(selection="hard")).shape == (0, 2)

@@ -219,13 +219,15 @@ def test_losses_are_shown_in_a_fixed_order(experts_world):
     counts = setting.objective.counts(setting.batch(0), setting.objective.plan(0))
     names = ["ce", "kd/animals+pets+weather", "kd/lm", "kd/odd.plants", "kd/odd.score"]
     names += ["kd/odd.tags+tags", "kd/pair.a+pair.b"]
-    assert setting.objective.shown(counts, setting.objective.plan(0)) == names
+    assert setting.objective.loss_names(counts, setting.objective.plan(0)) == names
     assert (
-        setting.objective.shown(Counts(0, dict.fromkeys(counts.rows, 0)), setting.objective.plan(0))
+        setting.objective.loss_names(
+            Counts(0, dict.fromkeys(counts.rows, 0)), setting.objective.plan(0)
+        )
         == []
     )
     some = Counts(3, dict.fromkeys(counts.rows, 0) | {"kd/lm": 1})
-    assert setting.objective.shown(some, setting.objective.plan(0)) == ["ce", "kd/lm"]
+    assert setting.objective.loss_names(some, setting.objective.plan(0)) == ["ce", "kd/lm"]
 
 
 def test_absent_pairs_weigh_nothing(masked_world):
@@ -312,5 +314,5 @@ def test_who_teaches_at_some_step(masked_world, weights, taught):
     names = ("big", "wide")
     distill = [term(name, weight=w) for name, w in zip(names, weights, strict=True)]
     objective = Setting(masked_world, {"distill": distill}).objective
-    assert objective.taught == taught
+    assert objective.taught_teachers == taught
     assert taught == {n for step in range(objective.steps) for n in objective.plan(step).teachers}

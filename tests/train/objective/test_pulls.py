@@ -5,7 +5,7 @@ import math
 import pytest
 
 from rekindle.train.measures import PULL, RATIO
-from rekindle.train.objective.pulls import told_pulls, with_norms
+from rekindle.train.objective.pulls import describe_pulls, with_norms
 from rekindle.train.objective.selection import names_of
 from testlib.loop import run, train_config
 from testlib.objective.cases import OBJECTIVES, term
@@ -125,8 +125,8 @@ def test_what_is_measured_changes_nothing(masked_world, tmp_path):
 
 def test_what_is_said_of_pulls():
     values = {"loss": 3.0, "kd/a": 1.0, f"{PULL}ce": 4.0, f"{PULL}kd/a": 1.0, f"{PULL}x": 0.0}
-    assert told_pulls(with_norms(values)) == "gradients over ce's: kd/a 0.5"
+    assert describe_pulls(with_norms(values)) == "gradients over ce's: kd/a 0.5"
     del values[f"{PULL}ce"]
     assert with_norms(values) == {"loss": 3.0, "kd/a": 1.0, f"{PULL}kd/a": 1.0}
-    assert told_pulls(with_norms(values)) == "gradients: kd/a 1"
-    assert told_pulls({"loss": 3.0, "kd/a": 1.0}) == ""
+    assert describe_pulls(with_norms(values)) == "gradients: kd/a 1"
+    assert describe_pulls({"loss": 3.0, "kd/a": 1.0}) == ""

@@ -57,13 +57,13 @@ def directly(keys, own, wanted, config, tau=1.0):
 
 
 def cut(rows, part):
-    return RankedRows(rows.keys[part], rows.index[part], rows.wanted[part])
+    return RankedRows(rows.keys[part], rows.index[part], rows.teacher_scores[part])
 
 
 def by_parts(rows, own, config, tau, size):
     """The loss and the gradient of a step in micro-batches of so many rows."""
     own = own.clone().requires_grad_()
-    wanted = torch.from_numpy(rows.wanted)
+    wanted = torch.from_numpy(rows.teacher_scores)
     held = None if size >= len(own) else own.detach()
     groups, total = groups_of(rows, tau, held), 0.0
     for start in range(0, len(own), size):
@@ -124,9 +124,9 @@ def test_a_worked_example():
     rows, own = RankedRows(keys, np.array([10, 11, 12, 13]), wanted), torch.tensor([1.0, 5, 5, 1])
     groups = groups_of(rows, 1.0, own)
     assert (groups.keys, groups.sizes, groups.best) == ((7, 9), (3, 1), (11, 12))
-    assert (groups.pairs("all"), groups.pairs("best"), groups.lists) == (3, 2, 1)
-    assert groups.own.means == (4 / 3, 5.0)
-    assert groups.own.best == (3.0, 5.0)
+    assert (groups.pair_count("all"), groups.pair_count("best"), groups.list_count) == (3, 2, 1)
+    assert groups.student_sums.mean_errors == (4 / 3, 5.0)
+    assert groups.student_sums.best_errors == (3.0, 5.0)
     for pairs, mean in (("all", 14 / 3), ("best", 13 / 2)):
         config = RankingConfig(pairwise=0.5, pairs=pairs)
         loss = ranking_loss(own, torch.from_numpy(wanted), rows, groups, 4, config)
@@ -139,7 +139,7 @@ def test_a_sequence_that_is_twice_in_a_step_is_one_best():
     rows = RankedRows(keys, np.array([4, 6, 5, 5]), wanted)
     own = torch.tensor([1.5, 3.0, 4.0, 4.0], dtype=torch.float64)
     groups = groups_of(rows, 1.0, own)
-    assert (groups.best, groups.copies, groups.pairs("best")) == ((5,), (2,), 2)
+    assert (groups.best, groups.copies, groups.pair_count("best")) == ((5,), (2,), 2)
     config = RankingConfig(pointwise=0, pairs="best")
     total, gradient = by_parts(rows, own, config, 1.0, 2)
     assert total == pytest.approx((0.5**2 + 1.0**2) / 2)  # errors 0.5, 0 against 1

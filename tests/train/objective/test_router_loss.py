@@ -82,16 +82,16 @@ def test_it_is_of_the_text_that_the_language_loss_reads_alone(world, monkeypatch
         setting = Setting(world, {"hard": {"weight": hard}, "distill": [{"teachers": ["sense"]}]})
         setting.objective.balance = 0.5
         setting.student.train()
-        split = setting.objective._by_pass
+        split = setting.objective._group_by_pass
 
         def moved(plan, split=split):  # an expert of pairs, as it were
             found = split(plan)
             return found._replace(joined=[], by_view={"": found.joined})
 
         if apart:
-            monkeypatch.setattr(setting.objective, "_by_pass", moved)
+            monkeypatch.setattr(setting.objective, "_group_by_pass", moved)
         plan = setting.objective.plan(0)
-        shown = setting.objective.shown(setting.objective.counts(setting.batch(0), plan), plan)
+        shown = setting.objective.loss_names(setting.objective.counts(setting.batch(0), plan), plan)
         found = setting.run()[1]
         assert ("router" in shown) == ("router" in found) == (hard > 0)
         each += [float(found["router"])] if hard else []

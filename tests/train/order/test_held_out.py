@@ -14,7 +14,7 @@ from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.errors import CacheFormatError
 from rekindle.data.storage.store import open_store
-from rekindle.train.order.held_out import FAR_TOO_MUCH, PLACES, Ranges, split_corpus
+from rekindle.train.order.held_out import MOST_DOCUMENTS, PLACES, Ranges, split_corpus
 
 ROOM = 10  # tokens of a sequence of the fakes
 
@@ -182,7 +182,7 @@ def test_no_document_is_on_both_sides_and_nothing_is_lost(lengths, packing, frac
     assert all(len(rows[number][2]) > 1 for number in neither)
     if documents_of(rows, train) & documents_of(rows, held_out):
         # Sequences were held out: no document was short enough.
-        most = max(FAR_TOO_MUCH, 4 * fraction) * len(rows)
+        most = max(MOST_DOCUMENTS, 4 * fraction) * len(rows)
         shortest = min(lengths) / ROOM + fraction * len(rows) + 1
         assert packing == "contiguous" or len(lengths) == 1 or shortest > most
         assert len(held_out) <= max(1, fraction * len(rows))

@@ -176,7 +176,7 @@ def test_the_counts_of_all_processes_are_one(monkeypatch):
     batches = [batch_of(list(names)) for names in ("ab", "ca", "bb", "ac")]
 
     def total(own):
-        return [sum(values) for values in zip(*(rank._own for rank in ranks), strict=True)]
+        return [sum(values) for values in zip(*(rank._own_tokens for rank in ranks), strict=True)]
 
     for step, batch in enumerate(batches):
         whole.count(batch)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rekindle.train.order.held_out import Ranges
 from rekindle.train.order.replay import Replay
 from rekindle.train.order.sequences import Order
-from rekindle.train.order.similar_lengths import STEPS, WINDOWS, padded, window_of
+from rekindle.train.order.similar_lengths import STEPS, WINDOWS, padding_ratios, window_of
 
 MEMORIES = {"a": Ranges([(1000, 1037)]), "b": Ranges([(2000, 2011)])}
 
@@ -113,10 +113,10 @@ def test_what_is_not_known_yet_is_not_asked_for():
 
 
 def test_what_padding_costs():
-    even = padded(np.full(50, 7), 8)
+    even = padding_ratios(np.full(50, 7), 8)
     assert even == {"shuffled": 1.0, "similar_lengths": 1.0}
-    uneven = padded(np.array([1, 1, 1, 9]), 8)
+    uneven = padding_ratios(np.array([1, 1, 1, 9]), 8)
     assert uneven["shuffled"] > 2.5
     assert uneven["similar_lengths"] < 1.05
-    smaller = padded(np.array([1, 1, 1, 9]), 8, micro_batch=2)
+    smaller = padding_ratios(np.array([1, 1, 1, 9]), 8, micro_batch=2)
     assert 1.05 < smaller["shuffled"] < uneven["shuffled"]

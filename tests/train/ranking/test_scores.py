@@ -12,7 +12,7 @@ from rekindle.train.ranking.scores import (
     CUT,
     beyond_chance,
     group_scores,
-    ordered,
+    groups_with_order,
     parts_of,
     ranking_scores,
 )
@@ -54,7 +54,10 @@ def test_the_means_are_over_the_groups_that_an_order_matters_in():
     grades = np.array([1, 0, 2, 2, 0, 0, 3, 0, 1], np.float32)
     groups = np.array([5, 5, 1, 1, 2, 2, 3, 4, 4])
     scores = np.array([1, 2, 9, 8, 7, 6, 5, 1, 2], np.float32)
-    assert [rows.tolist() for rows in ordered(grades, parts_of(groups))] == [[7, 8], [0, 1]]
+    assert [rows.tolist() for rows in groups_with_order(grades, parts_of(groups))] == [
+        [7, 8],
+        [0, 1],
+    ]
     wanted = {"ndcg@10": (1 + 1 / np.log2(3)) / 2, "mrr": 0.75, "map": 0.75}
     assert ranking_scores(scores, grades, groups) == pytest.approx(wanted)
     shuffled = np.random.default_rng(0).permutation(len(groups))

@@ -30,12 +30,12 @@ class HeadConfig(Settings):
 
     @model_serializer(mode="wrap")
     def _as_before_there_were_others(
-        self, rest: SerializerFunctionWrapHandler
+        self, dump: SerializerFunctionWrapHandler
     ) -> dict[str, object]:
         """Leave unused newer keys out, which earlier versions refuse: they can read students with
         our heads.
         """
-        values: dict[str, object] = rest(self)
+        values: dict[str, object] = dump(self)
         if self.form == "ours":
             del values["form"], values["padding"]
         if self.kind != "embedding":

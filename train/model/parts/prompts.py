@@ -36,8 +36,8 @@ class DomainPrompts(nn.Module):
 
     def numbers(self, domains: Sequence[str | None]) -> list[int]:
         """Return the rows of ``domains`` [B] in the table."""
-        known = {name: number for number, name in enumerate(self.domains, 1)}
-        return [0 if name is None else known.get(name, 0) for name in domains]
+        numbers_by_name = {name: number for number, name in enumerate(self.domains, 1)}
+        return [0 if name is None else numbers_by_name.get(name, 0) for name in domains]
 
     def insert(self, inputs: Mapping[str, Tensor], words: nn.Module) -> dict[str, Tensor]:
         """Return ``inputs`` of width S as embeddings [B,S+1,H], with a mask (and segments) of that

@@ -37,9 +37,9 @@ class VectorLoss:
     def __init__(self, settings: LossSettings):
         self.settings = settings
 
-    def rows(self, own: "Tensor", wanted: "Tensor") -> "Tensor":
-        """Return the loss [R] of each row: of the student's vectors ``own`` [R,D], which carry the
-        gradient, against the teacher's ``wanted``.
+    def rows(self, student: "Tensor", teacher: "Tensor") -> "Tensor":
+        """Return the loss [R] of each row, of the student's vectors [R,D], which carry the
+        gradient, against the teacher's.
         """
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, create_model, model_validator
 
-import rekindle.train.objective.embedding.losses as home
+import rekindle.train.objective.embedding.losses as package
 from rekindle.data.settings import Settings
 from rekindle.train.objective.embedding.base import VectorLoss
 
@@ -21,18 +21,20 @@ DEFAULT = "cosine"  # the loss of a term that names none
 @cache
 def vector_losses() -> Mapping[str, type[VectorLoss]]:
     """Return the losses by name, which is that of their file."""
-    found: dict[str, type[VectorLoss]] = {}
-    for module in sorted(pkgutil.iter_modules(home.__path__), key=lambda one: one.name):
-        where = f"{home.__name__}.{module.name}"
-        own = [v for v in vars(resolve_name(where)).values() if _is_defined_in(v, where)]
-        if len(own) != 1:
-            raise ImportError(f"{where} must define one subclass of VectorLoss, it has {len(own)}")
-        found[module.name] = own[0]
-    return found
+    losses: dict[str, type[VectorLoss]] = {}
+    for file in sorted(pkgutil.iter_modules(package.__path__), key=lambda file: file.name):
+        module = f"{package.__name__}.{file.name}"
+        classes = [v for v in vars(resolve_name(module)).values() if _is_defined_in(v, module)]
+        if len(classes) != 1:
+            raise ImportError(
+                f"{module} must define one subclass of VectorLoss, it has {len(classes)}"
+            )
+        losses[file.name] = classes[0]
+    return losses
 
 
-def _is_defined_in(value: object, where: str) -> bool:
-    return isinstance(value, type) and issubclass(value, VectorLoss) and value.__module__ == where
+def _is_defined_in(value: object, module: str) -> bool:
+    return isinstance(value, type) and issubclass(value, VectorLoss) and value.__module__ == module
 
 
 def with_weight(value: object) -> object:
@@ -54,8 +56,8 @@ class VectorTerm(Settings):
 
     @model_validator(mode="after")
     def _learns_something(self) -> "VectorTerm":
-        named = [getattr(self, name) for name in vector_losses()]
-        if any(one is not None for one in named) and not self.losses:
+        sections = [getattr(self, name) for name in vector_losses()]
+        if any(section is not None for section in sections) and not self.losses:
             raise ValueError("every loss has the weight 0; give one of them a weight")
         return self
 
@@ -63,12 +65,12 @@ class VectorTerm(Settings):
     def losses(self) -> dict[str, VectorLoss]:
         """Return the losses with a weight above 0, by name."""
         kinds = vector_losses()
-        given = {name: getattr(self, name) for name in kinds}
-        if all(one is None for one in given.values()):
-            given[DEFAULT] = kinds[DEFAULT].Settings()
+        sections = {name: getattr(self, name) for name in kinds}
+        if all(section is None for section in sections.values()):
+            sections[DEFAULT] = kinds[DEFAULT].Settings()
         return {
             name: kinds[name](settings)
-            for name, settings in given.items()
+            for name, settings in sections.items()
             if settings is not None and settings.weight > 0
         }
 

@@ -10,7 +10,7 @@ import torch
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.train.objective.embedding.config import VectorConfig, vector_losses
-from rekindle.train.objective.vector_loss import in_order, places_of, vector_loss
+from rekindle.train.objective.vector_loss import sort_vectors, step_rows, vector_loss
 from testlib.command import python
 
 TAU = 0.3
@@ -81,7 +81,7 @@ def test_the_parts_of_a_step_add_up_to_it(keys, parts):
     own, wanted = drawn(7, 5)[first].requires_grad_(), drawn(7, 5, 1)[first]
     loss = vector_loss(own, wanted, keys, None, asked)[0]
     (expected,) = torch.autograd.grad(loss, own)
-    step = in_order(keys, own.detach().numpy(), wanted.numpy())
+    step = sort_vectors(keys, own.detach().numpy(), wanted.numpy())
     starts = np.cumsum([0, *parts])
     total, found = 0.0, []
     for start, stop in pairwise(starts):
@@ -95,7 +95,7 @@ def test_the_parts_of_a_step_add_up_to_it(keys, parts):
 
 def test_equal_keys_have_places_of_their_own():
     known = np.array([1, 1, 4, 4, 4, 9])
-    assert places_of(np.array([4, 9, 1, 4]), known).tolist() == [2, 5, 0, 3]
+    assert step_rows(np.array([4, 9, 1, 4]), known).tolist() == [2, 5, 0, 3]
 
 
 @pytest.mark.parametrize("rows", [0, 1])

@@ -11,6 +11,6 @@ if TYPE_CHECKING:
 class Cosine(VectorLoss):
     """1 − cos, whatever the vectors' lengths."""
 
-    def rows(self, own: "Tensor", wanted: "Tensor") -> "Tensor":
+    def rows(self, student: "Tensor", teacher: "Tensor") -> "Tensor":
         """Return 1 − cos [R], between 0 and 2."""
-        return 1 - (unit(own) * unit(wanted)).sum(dim=1)
+        return 1 - (unit(student) * unit(teacher)).sum(dim=1)

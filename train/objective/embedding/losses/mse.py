@@ -16,6 +16,6 @@ if TYPE_CHECKING:
 class MeanSquaredError(VectorLoss):
     """The squared error, mean over the numbers of a vector."""
 
-    def rows(self, own: "Tensor", wanted: "Tensor") -> "Tensor":
-        """Return the mean over D of (own − wanted)² [R]."""
-        return (own - wanted).square().mean(dim=1)
+    def rows(self, student: "Tensor", teacher: "Tensor") -> "Tensor":
+        """Return the mean over D of (student − teacher)² [R]."""
+        return (student - teacher).square().mean(dim=1)

@@ -1,4 +1,4 @@
-"""Similarity: each text is as near to the other texts of its step as for the teacher.
+"""Similarity: each text is as similar to the other texts of its step as for the teacher.
 
 Row i of a step is a distribution over its other rows j: softmax over j ≠ i of cos(vᵢ, vⱼ)/τ. The
 loss of the row is KL(teacher's ‖ student's). The student's vectors need not have the teacher's
@@ -35,19 +35,19 @@ class Similarity(VectorLoss):
     compares_rows: ClassVar[bool] = True
     needs_equal_sizes: ClassVar[bool] = False
 
-    def rows(self, own: "Tensor", wanted: "Tensor") -> "Tensor":
+    def rows(self, student: "Tensor", teacher: "Tensor") -> "Tensor":
         """Return KL(teacher's row ‖ student's row) [R], in nats."""
-        if len(own) < 2:
-            return own.sum(dim=1) * 0.0
-        ours, theirs = self._log_probs(own), self._log_probs(wanted)
-        itself = own.new_ones(len(own)).diag().bool()
-        apart = (theirs - ours).masked_fill(itself, 0.0)
-        return (theirs.exp() * apart).sum(dim=1)
+        if len(student) < 2:
+            return student.sum(dim=1) * 0.0
+        log_p, log_q = self._log_probs(student), self._log_probs(teacher)
+        diagonal = student.new_ones(len(student)).diag().bool()
+        difference = (log_q - log_p).masked_fill(diagonal, 0.0)
+        return (log_q.exp() * difference).sum(dim=1)
 
     def _log_probs(self, vectors: "Tensor") -> "Tensor":
         """Return the log-probabilities [R,R] of the other rows; −∞ on the diagonal."""
         temperature = cast(SimilaritySettings, self.settings).temperature
-        near = unit(vectors)
-        itself = near.new_ones(len(near)).diag().bool()
-        scores = (near @ near.T / temperature).masked_fill(itself, float("-inf"))
+        units = unit(vectors)
+        diagonal = units.new_ones(len(units)).diag().bool()
+        scores = (units @ units.T / temperature).masked_fill(diagonal, float("-inf"))
         return scores.log_softmax(dim=1)

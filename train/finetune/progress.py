@@ -36,17 +36,17 @@ class SeedProgress(Progress):
             console=Console(stderr=True),
             disable=not sys.stderr.isatty(),
         )
-        self._report, self._said = report, time.monotonic()
+        self._report, self._last_line = report, time.monotonic()
 
-    def step(self, bar: TaskID, step: int, told: str) -> None:
+    def step(self, bar: TaskID, step: int, line: str) -> None:
         """Show that ``step`` steps of the seed with that bar are done."""
-        self.update(bar, completed=step, description=told)
-        if self.disable and time.monotonic() - self._said >= LINE_EVERY:
-            self.tell(f"{told}  step {step}")
+        self.update(bar, completed=step, description=line)
+        if self.disable and time.monotonic() - self._last_line >= LINE_EVERY:
+            self.tell(f"{line}  step {step}")
 
     def tell(self, line: str) -> None:
         """Show one line per epoch: above the bar on a terminal, else in the log."""
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
         self._report(line)
         if self.disable:
             logger.info(line)
