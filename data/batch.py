@@ -93,8 +93,8 @@ class TargetBatch(ABC):
     def take(self, part: slice) -> Self:
         """Return the targets of ``part`` of the batch's sequences."""
         first, last = np.searchsorted(self.rows, [part.start, part.stop])
-        taken = self.keep(slice(first, last))
-        return replace(taken, rows=taken.rows - part.start)  # type: ignore[type-var]
+        targets = self.keep(slice(first, last))
+        return replace(targets, rows=targets.rows - part.start)  # type: ignore[type-var]
 
     @abstractmethod
     def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target | None:

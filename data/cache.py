@@ -83,7 +83,7 @@ class Cache:
         self.extent = Extent()  # everything in it
         self.views = {name: ViewReader(self.corpus, name) for name in store.folders("views")}
         self.teachers: dict[str, TeacherReader] = {
-            name: self._teacher(name, self.views)
+            name: self._open_teacher(name, self.views)
             for name in store.folders("targets")
             if has_files(store, name)
         }
@@ -108,12 +108,12 @@ class Cache:
             for name, view in self.views.items()
         }
         limited.teachers = {
-            name: self._teacher(name, limited.views, extent.targets.get(name, ALL_TARGETS))
+            name: self._open_teacher(name, limited.views, extent.targets.get(name, ALL_TARGETS))
             for name in self.teachers
         }
         return limited
 
-    def _teacher(
+    def _open_teacher(
         self, name: str, views: Mapping[str, ViewReader], limits: TeacherExtent = ALL_TARGETS
     ) -> TeacherReader:
         infos = read_parts(self.store, name)
@@ -322,7 +322,7 @@ class Cache:
         result = import_targets(self.corpus, numbered(rows, where), config)
         write_manifest(self.store)
         self.manifest = read_manifest(self.store)
-        self.teachers[name] = self._teacher(name, self.views)
+        self.teachers[name] = self._open_teacher(name, self.views)
         return result
 
     def to_datasets(

@@ -113,11 +113,11 @@ def is_imported(store: Store, name: str) -> bool:
     """Return whether the teacher is imported, as far as anything sound says so."""
     with suppress(CacheError):
         return read_teacher(store, name).imported is not None
-    info = stated_by_shards(store, name)
+    info = info_from_shards(store, name)
     return info is not None and info.imported is not None
 
 
-def stated_by_shards(store: Store, name: str) -> TeacherInfo | None:
+def info_from_shards(store: Store, name: str) -> TeacherInfo | None:
     """Return the teacher recorded in a sound shard of a teacher's folder, if there is one."""
     shards = ShardSet(store, f"targets/{name}")
     for commit in shards.survey()[0].records():

@@ -51,7 +51,7 @@ class Change(Settings):
     phase: Literal["making", "placing", "clearing"] = "making"
 
     @model_validator(mode="after")
-    def _is_one(self) -> "Change":
+    def _check_consistent(self) -> "Change":
         folder = f"targets/{self.teacher}"
         is_inside = all(f"{one}/".startswith(f"{folder}/") and ".." not in one for one in self.sets)
         is_transcoding = self.action == "transcode"
@@ -169,7 +169,7 @@ def refuse_changing(store: Store) -> None:
     except CacheError:
         return  # a damaged cache is handled elsewhere
     if change is not None:
-        raise InputError(f"{store.location}: {unfinished(change, store)}")
+        raise InputError(f"{store.location}: {describe_unfinished(change, store)}")
 
 
 @contextmanager
@@ -202,7 +202,7 @@ def refuse_renamed(store: Store, teachers: Iterable[TeacherInfo]) -> None:
             log.info("teacher %s was removed from this cache; it is cached again", info.name)
 
 
-def unfinished(change: Change, store: Store) -> str:
+def describe_unfinished(change: Change, store: Store) -> str:
     """Return what is under way, and how to end it."""
     give_up = f"; `pipeline gc {shlex.quote(store.location)} --older-than 0` abandons it"
     return (

@@ -68,9 +68,9 @@ def same_place(one: object, other: object) -> bool:
     if one == other or not isinstance(one, str) or not isinstance(other, str):
         return one == other
     try:
-        here, there = map(expanded, (one, other))
-        known = here == there or glob.has_magic(here) or os.path.exists(here)
-        return known and Path(here).resolve() == Path(there).resolve()
+        first, second = map(expanded, (one, other))
+        exists = first == second or glob.has_magic(first) or os.path.exists(first)
+        return exists and Path(first).resolve() == Path(second).resolve()
     except (OSError, ValueError):  # not a path, or it has a variable that is not set here
         return False
 

@@ -78,7 +78,7 @@ class MayChange:
     unless: str = ""
 
 
-Free = Annotated[T, MayChange()]  # a key of that kind: ``threads: Free[int]``
+Changeable = Annotated[T, MayChange()]  # a key of that kind: ``threads: Free[int]``
 
 
 class Settings(BaseModel):
@@ -142,7 +142,7 @@ def _check_numbers(value: object, choices: set[Any]) -> None:
         raise ValueError(f"a number must lie between -{_LARGEST} and {_LARGEST} (2^63 - 1)")
 
 
-def free_keys(section: Settings) -> Iterator[str]:
+def changeable_keys(section: Settings) -> Iterator[str]:
     """Yield the dotted keys of ``section`` that may differ when work is resumed."""
     for name, field in type(section).model_fields.items():
         key, value = field.alias or name, getattr(section, name)
@@ -153,7 +153,7 @@ def free_keys(section: Settings) -> Iterator[str]:
         values = {key: value} | {f"{key}.{number}": one for number, one in enumerate(items)}
         for prefix, one in values.items():
             if isinstance(one, Settings):
-                yield from (f"{prefix}.{below}" for below in free_keys(one))
+                yield from (f"{prefix}.{below}" for below in changeable_keys(one))
 
 
 def parse_settings(section: type[S], values: object, label: str = "") -> S:

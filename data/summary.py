@@ -21,9 +21,11 @@ def summarise(corpus: Corpus, teachers: Iterable[TeacherReader]) -> str:
 
 def _line(teacher: TeacherReader) -> str:
     info = teacher.info
-    kept = f"{info.kind}, {teacher.kind.description}"
+    stored = f"{info.kind}, {teacher.kind.description}"
     if info.k is not None:
-        kept = f"{info.kind}, k = {teacher.max_k or info.k}"
+        stored = f"{info.kind}, k = {teacher.max_k or info.k}"
     coverage = "complete" if teacher.coverage == 1 else f"incomplete: {teacher.coverage:.1%}"
     maskings = f", {counted(teacher.replicas, 'masking')}" if teacher.masked else ""
-    return f"  {info.name}: {info.task}, {kept}{maskings}, {shown_bytes(teacher.bytes)}, {coverage}"
+    return (
+        f"  {info.name}: {info.task}, {stored}{maskings}, {shown_bytes(teacher.bytes)}, {coverage}"
+    )

@@ -14,7 +14,7 @@ from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.packing import MAX_SHARD_SIZE
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.former import FormerDefault
-from rekindle.data.settings import Free, Place, Settings, parse_settings
+from rekindle.data.settings import Changeable, Place, Settings, parse_settings
 from rekindle.data.targets.schema import TeacherName
 from rekindle.data.views.masking import MaskConfig
 from rekindle.data.views.pairs import RECORD
@@ -36,7 +36,7 @@ _PLACEHOLDERS = ("text", "label")
 class CacheConfig(Settings):
     """Where the cache is and how examples are shown."""
 
-    path: Free[Place] = Field(
+    path: Changeable[Place] = Field(
         description="local path, s3://…, gs://…; hf://datasets/OWNER/NAME to read one from a hub"
     )
     sequences_per_shard: Annotated[int | None, FormerDefault(MAX_SHARD_SIZE)] = Field(

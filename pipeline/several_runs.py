@@ -11,7 +11,7 @@ from typing import Any
 from rekindle.data.corpus.additions import is_same_source
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.former import with_defaults, with_every_key
-from rekindle.data.settings import free_keys, sections_in
+from rekindle.data.settings import changeable_keys, sections_in
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.config import RunConfig
 from rekindle.train.record.run_folder import (
@@ -94,7 +94,7 @@ def _changeable_keys(run: Path, recorded: Mapping[str, Any], config: RunConfig) 
     """Return the keys of a run that may differ from the record: those that only say how it is made,
     and the paths of a student and of a corpus source that have moved.
     """
-    keys, student, corpus = [*free_keys(config)], config.student, recorded.get("corpus")
+    keys, student, corpus = [*changeable_keys(config)], config.student, recorded.get("corpus")
     if isinstance(corpus, Mapping) and corpus.get("source") != [*config.corpus.source]:
         is_same = is_same_source(open_store(config.cache.path), config.corpus.entries)
         keys += ["corpus.source"] * is_same

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
-from rekindle.data.settings import GGUF_FILE, Free, Place, Settings, with_gguf_file
+from rekindle.data.settings import GGUF_FILE, Changeable, Place, Settings, with_gguf_file
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, vocabulary_kind
 from rekindle.data.targets.schema import (
@@ -160,17 +160,17 @@ class TeacherConfig(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on a GPU that has it, fp32 on a CPU"
     )
-    batch_tokens: Free[Literal["auto"] | PositiveInt] = Field(
+    batch_tokens: Changeable[Literal["auto"] | PositiveInt] = Field(
         "auto", description="tokens per forward pass, padding included; halved on out-of-memory"
     )
-    device_map: Free[Literal["auto"] | None] = Field(
+    device_map: Changeable[Literal["auto"] | None] = Field(
         None, description="auto: spread over this machine's devices, if one has no room for it"
     )
-    tp_plan: Free[Literal["auto"] | None] = Field(
+    tp_plan: Changeable[Literal["auto"] | None] = Field(
         None,
         description="auto: split among the processes that torchrun starts (tensor parallel)",
     )
-    resources: Free[ResourcesConfig] = Field(
+    resources: Changeable[ResourcesConfig] = Field(
         default_factory=ResourcesConfig,
         description="what it needs of a cluster (cache-teachers --executor ray)",
     )

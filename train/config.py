@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from rekindle.data.former import FormerDefault
-from rekindle.data.settings import Free, MayChange, Names, Settings, as_list, parse_settings
+from rekindle.data.settings import Changeable, MayChange, Names, Settings, as_list, parse_settings
 from rekindle.data.settings_schema import one_or_many
 from rekindle.kernels.divergences import skew_of
 from rekindle.train.method_names import unknown_method
@@ -243,7 +243,7 @@ class CurriculumConfig(Settings):
 class TrainConfig(StepConfig):
     """How the student is trained."""
 
-    micro_batch_sequences: Free[Count | None] = Field(
+    micro_batch_sequences: Changeable[Count | None] = Field(
         None, description="sequences per forward pass, the longest first; null: the whole batch"
     )
     batching: Batching | Literal["groups"] = Field(
@@ -259,49 +259,49 @@ class TrainConfig(StepConfig):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 autocast on a GPU that has it, fp32 on a CPU"
     )
-    parallel: Free[Literal["ddp", "fsdp"]] = Field(
+    parallel: Changeable[Literal["ddp", "fsdp"]] = Field(
         "ddp",
         description=(
             "under torchrun: a whole student per process (ddp), or one in shards (fsdp, FSDP2)"
         ),
     )
-    compile: Free[bool] = Field(False, description="torch.compile each block of the student")
-    gradient_checkpointing: Free[bool] = Field(
+    compile: Changeable[bool] = Field(False, description="torch.compile each block of the student")
+    gradient_checkpointing: Changeable[bool] = Field(
         False, description="recompute activations in the backward pass: less memory, slower"
     )
-    prefetch_threads: Free[int] = Field(1, gt=0, le=64, description="threads that read ahead")
+    prefetch_threads: Changeable[int] = Field(1, gt=0, le=64, description="threads that read ahead")
     seed: Seed = Field(0, description="seed of weights, data order and dropout")
-    checkpoint_every: Annotated[Free[Interval], FormerDefault(STEPS_ONCE)] = Field(
+    checkpoint_every: Annotated[Changeable[Interval], FormerDefault(STEPS_ONCE)] = Field(
         "5 min",
         description=(
             "a time (90 s, 5 min, 1.5 h) or a number of steps; the last step "
             "always has a checkpoint"
         ),
     )
-    log_gradients_every: Free[Count | None] = Field(
+    log_gradients_every: Changeable[Count | None] = Field(
         100,
         description="log the norm of each term's weighted gradient at the heads' input, and its "
         "ratio to the cross-entropy's, at the first step and then every so many "
         "steps; null: never",
     )
-    report_to: Free[TrackerNames] = Field(
+    report_to: Changeable[TrackerNames] = Field(
         ("tensorboard",),
         json_schema_extra=one_or_many,
         description=(
             "trackers that also receive the numbers of metrics.jsonl (docs/trackers.md); []: none"
         ),
     )
-    keep_checkpoints: Free[Count] = Field(
+    keep_checkpoints: Changeable[Count] = Field(
         2, description="how many of the latest checkpoints are kept"
     )
-    keep_best: Free[str | None] = Field(
+    keep_best: Changeable[str | None] = Field(
         "loss",
         description="also keep the checkpoint with the best value of this name on held-out "
         "sequences (loss: the objective, with the last step's weights of the terms; "
         "ce: the cross-entropy on the text; kl/…, mse/…: lowest; agreement/…: "
         "highest; a teacher's only while its weight is above 0); null: none",
     )
-    explosion_factor: Free[float | None] = Field(
+    explosion_factor: Changeable[float | None] = Field(
         10.0,
         gt=1,
         description="stop when a loss exceeds the median of the last 100 steps by this factor "

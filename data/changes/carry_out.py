@@ -23,9 +23,9 @@ from rekindle.data.journal import (
     Action,
     Change,
     Journal,
+    describe_unfinished,
     journal_in,
     read_journal,
-    unfinished,
     write_journal,
 )
 from rekindle.data.roll_up import ROLLED_UP
@@ -44,7 +44,7 @@ from rekindle.data.targets.schema import TEACHER_NAME, TeacherInfo, TeacherName
 log = logging.getLogger("rekindle")
 
 
-class Name(Settings):
+class NewName(Settings):
     """A teacher's new name."""
 
     to: TeacherName
@@ -76,10 +76,10 @@ def change_teacher(
             # This ends it, whatever became of the copies.
             change = None if change.teacher == teacher else change
         if change is not None and change.request != (action, teacher, to):
-            raise InputError(f"{store.location}: {unfinished(change, store)}")
+            raise InputError(f"{store.location}: {describe_unfinished(change, store)}")
         if change is None:
             version = journal.change.version if journal.change else manifest[VERSION]
-            change = _checked(store, journal, version, (action, teacher, to))
+            change = _plan_change(store, journal, version, (action, teacher, to))
             if change is None:
                 return False
             begin(change)
@@ -121,7 +121,9 @@ def finish_interrupted(store: Store) -> None:
 # --- what can be done -----------------------------------------------------------------------------
 
 
-def _checked(store: Store, journal: Journal, version: int, request: ChangeRequest) -> Change | None:
+def _plan_change(
+    store: Store, journal: Journal, version: int, request: ChangeRequest
+) -> Change | None:
     """Return the requested change of a cache of that version; None if it was done before."""
     action, teacher, to = request
     present = [name for name in store.folders("targets") if has_files(store, name)]
@@ -137,7 +139,7 @@ def _checked(store: Store, journal: Journal, version: int, request: ChangeReques
             "it by hand"
         )
     if action == "remove":
-        return _change(action, teacher, None, version)
+        return _new_change(action, teacher, None, version)
     assert to is not None
     if version == 1:
         raise InputError(
@@ -148,14 +150,14 @@ def _checked(store: Store, journal: Journal, version: int, request: ChangeReques
     version = max(version, FORMAT_VERSION)
     if action == "rename":
         _check_name(store, teacher, to, present)
-        return _change(action, teacher, to, version)
+        return _new_change(action, teacher, to, version)
     sets = tuple(info.folder for info in to_transcode(read_parts(store, teacher), to))
     if not sets:
         return None
-    return _change(action, teacher, to, version, sets)
+    return _new_change(action, teacher, to, version, sets)
 
 
-def _change(
+def _new_change(
     action: Action, teacher: str, to: str | None, version: int, sets: tuple[str, ...] = ()
 ) -> Change:
     values = {"action": action, "teacher": teacher, "to": to, "version": version, "sets": sets}
@@ -174,7 +176,7 @@ def _check_name(store: Store, teacher: str, to: str, present: list[str]) -> None
     if to == teacher:
         raise InputError(f"teacher {teacher!r} is already called {to!r}; give another name")
     with naming(f"--rename {teacher} {to}"):
-        parse_settings(Name, {"to": to})
+        parse_settings(NewName, {"to": to})
     # on file systems that ignore case, the list has only one of them
     if to in present or has_files(store, to):
         raise InputError(
@@ -346,10 +348,10 @@ def _check_room(store: Store, change: Change) -> None:
             positions = int(commits.counts("positions").sum())
             new = info.model_copy(update={"codec": "default"})
             needed += positions * kind_of(new).bytes_per_position - commits.bytes
-    free = store.free
-    if free is not None and free < needed:
+    free_bytes = store.free_bytes
+    if free_bytes is not None and free_bytes < needed:
         raise InputError(
             f"{store.location}: {change.describe()}, which needs {shown_bytes(needed)} for a copy "
-            f"beside the original until it is finished, but the disk has {shown_bytes(free)} "
+            f"beside the original until it is finished, but the disk has {shown_bytes(free_bytes)} "
             "free. Make room first; nothing was changed"
         )

@@ -14,9 +14,9 @@ from rekindle.data.forms.dialogue import Dialogues
 from rekindle.data.forms.template import Template, find_template
 from rekindle.data.forms.tokens import TokenRows
 from rekindle.data.forms.written import WRITTEN, WrittenDialogues
-from rekindle.data.settings import Free, Place, Settings
+from rekindle.data.settings import Changeable, Place, Settings
 from rekindle.data.settings_schema import one_or_many
-from rekindle.data.source.given import Form
+from rekindle.data.source.content import Form
 from rekindle.data.source.held_texts import RULE, HeldTexts
 from rekindle.data.source.sources import Content, Entry
 from rekindle.data.source.without import DEFAULT_FIELDS, read_held
@@ -87,7 +87,7 @@ class CorpusConfig(Settings):
         description="names of special tokens within a text (</s>, <|im_end|>): text reads them "
         "like any other text; token reads each as the token itself",
     )
-    on_bad_record: Free[Literal["error", "skip"]] = Field(
+    on_bad_record: Changeable[Literal["error", "skip"]] = Field(
         "error",
         description="a record without a valid text (not JSON, not UTF-8, no text field, …): "
         "error stops; skip leaves it out and counts it",

@@ -56,8 +56,8 @@ from rekindle.data.corpus.special_names import special_names
 from rekindle.data.corpus.stored_tokenizer import check_gaps, read_tokenizer, save_tokenizer
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError
+from rekindle.data.source.content import Form
 from rekindle.data.source.documents import Fields, origins_of
-from rekindle.data.source.given import Form
 from rekindle.data.source.held_texts import HeldCounts
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.parts import Reader

@@ -20,8 +20,8 @@ from rekindle.data.errors import InputError, first_words
 from rekindle.data.forms.dialogue import MAX_NAMES, write_as_token
 from rekindle.data.forms.marks import Marks
 from rekindle.data.forms.spans import tokens_in
+from rekindle.data.source.content import Dialogue, RichContent, TokenRow
 from rekindle.data.source.documents import Document
-from rekindle.data.source.given import Dialogue, Given, GivenTokens
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Encoding
@@ -202,22 +202,22 @@ class GivenEncoder:
         return tokens.part(is_kept), kept_lengths, marks
 
     def _encode(self, documents: Sequence[Document]) -> "_EncodedGiven":
-        if isinstance(documents[0].given, GivenTokens):
-            return self._tokens([one.given for one in documents])
+        if isinstance(documents[0].content, TokenRow):
+            return self._tokens([one.content for one in documents])
         return self._dialogues(documents)
 
     def _dialogues(self, documents: Sequence[Document]) -> "_EncodedGiven":
         assert self.dialogues is not None
         texts = [document.text for document in documents]
-        given = [one.given for one in documents if isinstance(one.given, Dialogue)]
-        encoded, is_special = self.dialogues.texts(texts, [one.written for one in given])
+        contents = [one.content for one in documents if isinstance(one.content, Dialogue)]
+        encoded, is_special = self.dialogues.texts(texts, [one.written for one in contents])
         tokens, lengths = encoded
-        spans = [one.trained for one in given]
+        spans = [one.trained for one in contents]
         trained = tokens_in(spans, [*map(len, texts)], tokens.starts, tokens.ends, lengths)
         return tokens, lengths, trained, is_special
 
-    def _tokens(self, given: Sequence[Given | None]) -> "_EncodedGiven":
-        rows = [one for one in given if isinstance(one, GivenTokens)]
+    def _tokens(self, contents: Sequence[RichContent | None]) -> "_EncodedGiven":
+        rows = [one for one in contents if isinstance(one, TokenRow)]
         lengths = np.array([len(one.ids) for one in rows], np.int64)
         ids = np.concatenate([one.ids for one in rows])
         all_trained = (np.ones(count, np.bool_) for count in lengths.tolist())
@@ -232,8 +232,8 @@ class GivenEncoder:
 
 def _marks_trained(documents: Sequence[Document]) -> NDArray[np.bool_]:
     """Return which are dialogues, or rows of tokens with labels or a mask."""
-    given = [one.given for one in documents]
-    return np.array([not isinstance(g, GivenTokens) or g.trained is not None for g in given], bool)
+    contents = [one.content for one in documents]
+    return np.array([not isinstance(g, TokenRow) or g.trained is not None for g in contents], bool)
 
 
 _EncodedGiven = tuple[Encoded, NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]

@@ -93,7 +93,8 @@ class Maker:
             tokens, lengths, marks = self.given_encoder.cut_affixes(
                 documents, self.packing.prefix, end
             )
-        return EncodedDocuments([d._replace(given=None) for d in documents], tokens, lengths, marks)
+        documents = [document._replace(content=None) for document in documents]
+        return EncodedDocuments(documents, tokens, lengths, marks)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from rekindle.data.corpus.encoded import lengths_of
 from rekindle.data.corpus.packing import lacks_end, next_fit, packing_of, plan
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
+from rekindle.data.source.content import TokenRow
 from rekindle.data.source.documents import Document, read_documents
-from rekindle.data.source.given import GivenTokens
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.record_batches import arrow_batches
 from rekindle.data.source.sources import (
@@ -131,8 +131,8 @@ def _text_bytes(documents: Iterable[Document]) -> int:
 
 
 def _bytes_of(document: Document) -> int:
-    if isinstance(document.given, GivenTokens):
-        return document.given.ids.nbytes
+    if isinstance(document.content, TokenRow):
+        return document.content.ids.nbytes
     return sum(len(text.encode()) for text in document.texts)
 
 
@@ -174,8 +174,8 @@ def _density(path: str, compression: str) -> float:
 
 
 def _estimate_tokens(document: Document) -> int:
-    given = document.given
-    return len(given.ids) if isinstance(given, GivenTokens) else len(document.text) // 4
+    content = document.content
+    return len(content.ids) if isinstance(content, TokenRow) else len(document.text) // 4
 
 
 def estimate_sequences(config: CorpusConfig, tokenizer: Tokenizer) -> int | None:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from rekindle.data.corpus.packing import Position
 from rekindle.data.corpus.tokenizer import Tokenizer
+from rekindle.data.source.content import Dialogue
 from rekindle.data.source.documents import Document
-from rekindle.data.source.given import Dialogue
 
 MIN_NAME_LENGTH = 3  # shorter names, and names that are words, may be ordinary text
 
@@ -29,8 +29,8 @@ def holders_of(names: re.Pattern[str] | None, documents: Sequence[Document]) -> 
 
 def _user_texts(document: Document) -> tuple[str, ...]:
     """Return its texts; for a dialogue, without the special tokens that the template writes."""
-    given = document.given
-    return (given.written,) if isinstance(given, Dialogue) else document.texts
+    content = document.content
+    return (content.written,) if isinstance(content, Dialogue) else document.texts
 
 
 class Holders:

@@ -24,7 +24,7 @@ from rekindle.data.exchange.logprobs import expand_row
 from rekindle.data.exchange.rows import Place, Row, check_shown, place_of, tokens_of
 from rekindle.data.exchange.token_rows import TokenRows
 from rekindle.data.exchange.vector_rows import VectorRows
-from rekindle.data.inventory import is_imported, roll_up_records, stated_by_shards
+from rekindle.data.inventory import info_from_shards, is_imported, roll_up_records
 from rekindle.data.journal import adding
 from rekindle.data.storage.manifest import raise_version
 from rekindle.data.storage.seal import WITH_IMPORTS, describe_damage
@@ -122,7 +122,7 @@ class _Import:
         if is_described(corpus.store, config.name):
             self.existing: TeacherInfo | None = read_teacher(corpus.store, config.name)
         else:  # its description may have been lost
-            self.existing = stated_by_shards(corpus.store, config.name)
+            self.existing = info_from_shards(corpus.store, config.name)
         self.reader: Reader | None = None
         self.waiting: list[tuple[str, Row]] = []  # rows before the first that has a position
         self.pending: dict[UnitPlace, dict[int, Columns]] = {}

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from rekindle.data.errors import did_you_mean
 from rekindle.data.forms.template import Template, UnfitDialogue
-from rekindle.data.source.given import Dialogue, Span
+from rekindle.data.source.content import Dialogue, Span
 from rekindle.data.source.record import BadRecord, show_value
 
 _FIELDS = ("messages", "tools")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.source.given import Span
+from rekindle.data.source.content import Span
 
 Numbers = NDArray[np.int64]
 

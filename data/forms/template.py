@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from rekindle.data.errors import InputError
-from rekindle.data.source.given import Span
+from rekindle.data.source.content import Span
 from rekindle.data.storage.addresses import open_binary
 
 if TYPE_CHECKING:

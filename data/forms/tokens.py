@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.errors import did_you_mean
-from rekindle.data.source.given import GivenTokens
+from rekindle.data.source.content import TokenRow
 from rekindle.data.source.record import BadRecord, show_value
 
 UNTRAINED = -100  # the label of an untrained token, as in transformers and torch
@@ -29,7 +29,7 @@ class TokenRows(NamedTuple):
 
     def __call__(
         self, values: Mapping[str, object], columns: bool, where: str
-    ) -> tuple[str, GivenTokens] | BadRecord:
+    ) -> tuple[str, TokenRow] | BadRecord:
         """Return the tokens of a record, with no text."""
         ids = self._ids(values, where)
         if isinstance(ids, BadRecord):
@@ -37,7 +37,7 @@ class TokenRows(NamedTuple):
         trained = _trained(values, ids, where)
         if isinstance(trained, BadRecord):
             return trained
-        return "", GivenTokens(ids.astype(np.int32), trained)
+        return "", TokenRow(ids.astype(np.int32), trained)
 
     def _ids(self, values: Mapping[str, object], where: str) -> NDArray[np.int64] | BadRecord:
         if values.get("input_ids") is None:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rekindle.data.source.content import Dialogue, TokenRow
 from rekindle.data.source.documents import Document
-from rekindle.data.source.given import Dialogue, GivenTokens
 
 WRITTEN = "written"  # the content of such rows; configurations do not name it
 _FIELDS = ("text", "written", "trained")
@@ -25,20 +25,20 @@ class WrittenDialogues:
 
 def content_of(document: Document) -> str:
     """Return the kind of content in a row of the document."""
-    given = document.given
-    if given is None:
+    content = document.content
+    if content is None:
         return "text"
-    return WRITTEN if isinstance(given, Dialogue) else "tokens"
+    return WRITTEN if isinstance(content, Dialogue) else "tokens"
 
 
 def row_of(document: Document) -> dict[str, object]:
     """Return the document as a row, to be read as ``content_of`` says."""
     row: dict[str, object] = {"id": document.id, "domain": document.domain or ""}
     row |= {} if document.group is None else {"group": document.group}
-    given = document.given
-    if isinstance(given, Dialogue):
-        return row | {"text": document.text, "written": given.written, "trained": given.trained}
-    if isinstance(given, GivenTokens):
-        mask = None if given.trained is None else given.trained.astype(int).tolist()
-        return row | {"input_ids": given.ids.tolist(), "loss_mask": mask}
+    content = document.content
+    if isinstance(content, Dialogue):
+        return row | {"text": document.text, "written": content.written, "trained": content.trained}
+    if isinstance(content, TokenRow):
+        mask = None if content.trained is None else content.trained.astype(int).tolist()
+        return row | {"input_ids": content.ids.tolist(), "loss_mask": mask}
     return row | {"text": document.text, "pair": document.pair}

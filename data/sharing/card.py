@@ -158,11 +158,11 @@ def _teacher_lines(teachers: Iterable[TeacherReader]) -> Iterator[str]:
     yield "|---|---|---|---|---|---:|---:|---|"
     lines: list[str] = []
     for one in teachers:
-        info, kept = one.info, one.kind.description
+        info, stored = one.info, one.kind.description
         weights = f"`{one.fingerprint[:12]}`" if one.fingerprint else "not known"
-        kept += f", {info.codec}" if info.codec != "default" else ""
+        stored += f", {info.codec}" if info.codec != "default" else ""
         yield (
-            f"| {info.name} | `{shown_model(info.model)}` | {info.task} | {kept} | "
+            f"| {info.name} | `{shown_model(info.model)}` | {info.task} | {stored} | "
             f"{info.view_class.kind} | {shown_bytes(one.bytes_on_disk)} | {one.coverage:.1%} | "
             f"{weights} |"
         )

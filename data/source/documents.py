@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeGuard
 
 from rekindle.data.errors import InputError, did_you_mean
+from rekindle.data.source.content import Dialogue, Form, RichContent
 from rekindle.data.source.fields import ABSENT, reach
-from rekindle.data.source.given import Dialogue, Form, Given
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.python_docs import python_docs
 from rekindle.data.source.record import BadRecord, Block, Record, show_value
@@ -30,15 +30,15 @@ class Document(NamedTuple):
 
     ``id`` is the record's own ``id`` (text or integer) or "<file name>:<row>", with rows counted
     from 1: records of parquet, arrow and datasets, rows of csv and tsv, lines of jsonl and txt.
-    ``pair``: the second text of a record that is a pair. ``given``: the content, if not plain text.
-    ``group``: the group it is compared within.
+    ``pair``: the second text of a record that is a pair. ``content``: what it holds, if that is not
+    plain text. ``group``: the group it is compared within.
     """
 
     id: str
     text: str
     domain: str | None
     pair: str | None = None
-    given: Given | None = None
+    content: RichContent | None = None
     group: str | None = None
 
     @property
@@ -161,8 +161,8 @@ def _searched_texts(document: Document) -> tuple[str, ...]:
     """Return the texts in which a test's text may occur: not across what a template puts between
     messages.
     """
-    given = document.given
-    return (given.parts,) if isinstance(given, Dialogue) else document.texts
+    content = document.content
+    return (content.parts,) if isinstance(content, Dialogue) else document.texts
 
 
 def document_blocks(
@@ -223,8 +223,8 @@ def _document(record: Record, origin: Origin, fields: Fields) -> Document | BadR
     label = f"{origin.place}, {'row' if table else 'record'} {record.row}"
     columns_text = "the first line names its columns" if table else "it has"
     domain, group = (
-        None if name is None else _label(record, name, what, label, columns_text)
-        for what, name in (("domain", fields.domain), ("group", fields.group))
+        None if name is None else _label(record, name, subject, label, columns_text)
+        for subject, name in (("domain", fields.domain), ("group", fields.group))
     )
     if origin.content != "text":
         return _document_of_content(record, origin, fields, (domain, group), label)
@@ -254,16 +254,16 @@ def _document_of_content(
     label: str,
 ) -> Document | BadRecord:
     """Return the document of a record that is not plain text."""
-    content = fields.form_of(origin)(record.values, origin.format in _COLUMNS, label)
-    if isinstance(content, BadRecord):
-        return content
+    result = fields.form_of(origin)(record.values, origin.format in _COLUMNS, label)
+    if isinstance(result, BadRecord):
+        return result
     domain, group = names
     if isinstance(domain, BadRecord):
         return domain
     if isinstance(group, BadRecord):
         return group
-    text, given = content
-    fields_of_document = (_document_id(record, origin), text, domain, None, given, group)
+    text, content = result
+    fields_of_document = (_document_id(record, origin), text, domain, None, content, group)
     return _check_characters(Document(*fields_of_document), label)
 
 
@@ -271,8 +271,8 @@ def _check_characters(document: Document, label: str) -> Document | BadRecord:
     """Return the document, unless it contains half a character."""
     texts = (("text", text) for text in document.texts)
     names = (("domain", document.domain or ""), ("group", document.group or ""))
-    for what, value in (*texts, ("id", document.id), *names):
-        if problem := surrogate_problem(what, value):
+    for subject, value in (*texts, ("id", document.id), *names):
+        if problem := surrogate_problem(subject, value):
             return BadRecord("half a surrogate pair", f"{label}: {problem}")
     return document
 

@@ -105,42 +105,46 @@ class HeldTexts:
         self.digest = hashlib.sha256("\n".join(texts_found).encode()).hexdigest()
         words = [text.split(" ") for text in texts_found]
         lengths = [*map(_length, words)]
-        self._short: defaultdict[_Gram, set[str]] = defaultdict(set)  # by its first words
+        self._short_texts: defaultdict[_Gram, set[str]] = defaultdict(set)  # by its first words
         for text, text_words, length in zip(texts_found, words, lengths, strict=True):
             if length < LEAST_WORDS:
-                self._short[tuple(text_words[:GRAM])].add(text)
-        self._long = [each for each, n in zip(words, lengths, strict=True) if n >= LEAST_WORDS]
-        shared = Counter(chain.from_iterable(set(_grams(text_words)) for text_words in self._long))
-        leads: defaultdict[_Gram, list[int]] = defaultdict(list)
-        for number, text_words in enumerate(self._long):
+                self._short_texts[tuple(text_words[:GRAM])].add(text)
+        self._long_texts = [
+            each for each, n in zip(words, lengths, strict=True) if n >= LEAST_WORDS
+        ]
+        shared = Counter(
+            chain.from_iterable(set(_grams(text_words)) for text_words in self._long_texts)
+        )
+        texts_by_gram: defaultdict[_Gram, list[int]] = defaultdict(list)
+        for number, text_words in enumerate(self._long_texts):
             grams = {*_grams(text_words)}
             rare = [gram for gram in grams if shared[gram] <= MAX_SHARING]
             for gram in rare or [min(grams, key=lambda gram: (shared[gram], gram))]:
-                leads[gram].append(number)
-        self._leads: Mapping[_Gram, list[int]] = leads
-        self._leading = frozenset(leads)
+                texts_by_gram[gram].append(number)
+        self._texts_by_gram: Mapping[_Gram, list[int]] = texts_by_gram
+        self._rare_grams = frozenset(texts_by_gram)
 
     def find(self, *fields: str) -> HeldText | None:
         """Return a text that one of a record's ``fields`` holds, an exact one if possible."""
         near = None
         for field in fields:
-            found = self._in_field(field)
+            found = self._find_in_field(field)
             if found and found.kind == "exact":
                 return found
             near = near or found
         return near
 
-    def _in_field(self, field: str) -> HeldText | None:
+    def _find_in_field(self, field: str) -> HeldText | None:
         words = _words(field)
         joined = f" {' '.join(words)} "
-        if self._short and (short := self._short_in(field, words, joined)):
+        if self._short_texts and (short := self._find_short(field, words, joined)):
             return HeldText("exact", short)
         record_grams = {*_grams(words)}
-        if not (leading := self._leading & record_grams):
+        if not (leading := self._rare_grams & record_grams):
             return None
-        numbers = sorted({number for gram in leading for number in self._leads[gram]})
+        numbers = sorted({number for gram in leading for number in self._texts_by_gram[gram]})
         near: list[Sequence[str]] = []
-        for text in (self._long[number] for number in numbers):
+        for text in (self._long_texts[number] for number in numbers):
             grams = [*_grams(text)]
             shared = sum(gram in record_grams for gram in grams)
             if shared == len(grams) and f" {' '.join(text)} " in joined:
@@ -155,9 +159,13 @@ class HeldTexts:
                 places[gram].append(place)
         return next((HeldText("near", " ".join(t)) for t in near if _is_near(t, places)), None)
 
-    def _short_in(self, field: str, words: Sequence[str], joined: str) -> str | None:
-        starts = chain.from_iterable(_grams(words, n) for n in {*map(len, self._short)})
-        texts = {text for first in self._short.keys() & {*starts} for text in self._short[first]}
+    def _find_short(self, field: str, words: Sequence[str], joined: str) -> str | None:
+        starts = chain.from_iterable(_grams(words, n) for n in {*map(len, self._short_texts)})
+        texts = {
+            text
+            for first in self._short_texts.keys() & {*starts}
+            for text in self._short_texts[first]
+        }
         # Finding sentences is slow, and hardly any record has the words at all.
         if not (texts := {text for text in texts if f" {text} " in joined}):
             return None
@@ -199,7 +207,7 @@ def find_held(
     """Return how many of ``records`` (texts, or the fields of each) hold one of the test's
     ``texts``.
     """
-    held = texts if isinstance(texts, HeldTexts) else HeldTexts(texts)
+    held_texts = texts if isinstance(texts, HeldTexts) else HeldTexts(texts)
     fields = ((one,) if isinstance(one, str) else one for one in records)
-    kinds = Counter(found.kind for one in fields if (found := held.find(*one)))
+    kinds = Counter(found.kind for one in fields if (found := held_texts.find(*one)))
     return HeldCounts(kinds["exact"], kinds["near"])

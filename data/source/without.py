@@ -32,21 +32,21 @@ def read_held(files: Sequence[str], fields: Sequence[str], corpus: Sequence[str]
     """
     try:
         origins = [(origin, state_of(origin.place)) for origin in _origins(files)]
-        held = _held(tuple(origins), tuple(fields), tuple(corpus))
+        held_texts = _read_texts(tuple(origins), tuple(fields), tuple(corpus))
     except InputError as error:  # its message speaks of sources
-        told = str(error).replace("corpus source ", "").replace(f", or {PYTHON_DOCS}", "")
-        told = told.replace(", a datasets id", ", or a datasets id")
-        raise InputError(f"corpus.without: {told}") from None
-    if not held.size:
-        told = f"no text with a letter or a digit in {', '.join(files)}"
-        raise InputError(f"corpus.without: {told}; give files with the texts of a test")
-    return held
+        message = str(error).replace("corpus source ", "").replace(f", or {PYTHON_DOCS}", "")
+        message = message.replace(", a datasets id", ", or a datasets id")
+        raise InputError(f"corpus.without: {message}") from None
+    if not held_texts.size:
+        message = f"no text with a letter or a digit in {', '.join(files)}"
+        raise InputError(f"corpus.without: {message}; give files with the texts of a test")
+    return held_texts
 
 
 # A command reads them several times, a cycle once for each of its texts. Only a test's texts are
 # kept.
 @lru_cache(maxsize=4)
-def _held(
+def _read_texts(
     origins: tuple[tuple[Origin, FileState], ...], fields: tuple[str, ...], corpus: tuple[str, ...]
 ) -> HeldTexts:
     return HeldTexts(text for origin, _ in origins for text in _texts(origin, fields, corpus))
@@ -61,14 +61,14 @@ def _origins(files: Sequence[str]) -> list[Origin]:
     return found
 
 
-def _texts(origin: Origin, given: Sequence[str], corpus: Sequence[str]) -> Iterator[str]:
+def _texts(origin: Origin, chosen_fields: Sequence[str], corpus: Sequence[str]) -> Iterator[str]:
     fields: Sequence[str] = ()
     first: Row = {}
     for label, row in _rows(origin):
         if not fields:
-            fields, first = _fields_of(row, origin, given, corpus), row
-            _log_fields(row, origin, fields, is_chosen=bool(given))
-        elif not given and row.keys() != first.keys():
+            fields, first = _fields_of(row, origin, chosen_fields, corpus), row
+            _log_fields(row, origin, fields, is_chosen=bool(chosen_fields))
+        elif not chosen_fields and row.keys() != first.keys():
             _check_same_fields(row, label, fields, corpus)
         for field in fields:
             yield _text(reach(row, field), f"{label}: {field}")
@@ -109,19 +109,19 @@ def _default_fields(corpus: Sequence[str]) -> list[str]:
 
 
 def _fields_of(
-    row: Row, origin: Origin, given: Sequence[str], corpus: Sequence[str]
+    row: Row, origin: Origin, chosen_fields: Sequence[str], corpus: Sequence[str]
 ) -> Sequence[str]:
     row_fields = ", ".join(map(str, row)) or "no fields"
     if origin.format == "txt":
         return ("text",)
-    for field in given:
+    for field in chosen_fields:
         if reach(row, field) is ABSENT:
             suggestion = did_you_mean(field, map(str, row))
             raise InputError(
                 f"{origin.place} has no field {field!r} (corpus.without_fields); it has: "
                 f"{row_fields}{suggestion}"
             )
-    found = given or [f for f in _default_fields(corpus) if reach(row, f) is not ABSENT]
+    found = chosen_fields or [f for f in _default_fields(corpus) if reach(row, f) is not ABSENT]
     if not found:
         raise InputError(
             f"{origin.place} has none of the fields {', '.join(_default_fields(corpus))} "

@@ -176,7 +176,7 @@ class Store(ABC):
         yield
 
     @property
-    def free(self) -> int | None:
+    def free_bytes(self) -> int | None:
         """Free bytes; None if unknown."""
         return None
 

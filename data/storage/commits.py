@@ -178,8 +178,9 @@ def no_records(units: Sequence[str]) -> list[Commit]:
 class Commits(Mapping[str, Commit]):
     """The finished units by name, in order.
 
-    ``held`` are records in memory. For large sets, ``rest`` is the table of the others
-    (``columns_of``); ``read`` reads their records on demand, and the table is compared with them.
+    ``loaded`` are records in memory. For large sets, ``rolled_up`` is the table of the others
+    (``columns_of``); ``read_records`` reads their records on demand, and the table is compared
+    with them.
     """
 
     def __init__(

@@ -157,7 +157,7 @@ class LocalStore(Store):
             yield
 
     @property
-    def free(self) -> int | None:  # noqa: D102
+    def free_bytes(self) -> int | None:  # noqa: D102
         return shutil.disk_usage(self.root).free
 
     @property

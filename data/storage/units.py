@@ -35,7 +35,7 @@ def place_of(unit: str) -> UnitPlace | None:
 
 
 def unit_key(unit: str) -> int:
-    """Return the unit's name as a sortable number; STRANGE for a name that is not ours."""
+    """Return the unit's name as a sortable number; NOT_A_UNIT for a name that is not ours."""
     if (place := place_of(unit)) is None:
         return NOT_A_UNIT
     return place[0] * _REPLICAS + (0 if place[1] is None else place[1] + 1)

@@ -180,7 +180,7 @@ def gc(
     """Remove leftovers of killed runs from a cache: data files that no commit record names."""
     from rekindle.data.changes.carry_out import finish_interrupted
     from rekindle.data.inventory import collect_garbage
-    from rekindle.data.journal import read_journal, unfinished
+    from rekindle.data.journal import describe_unfinished, read_journal
     from rekindle.data.storage.manifest import MANIFEST
     from rekindle.data.storage.store import open_store
 
@@ -189,7 +189,7 @@ def gc(
     if change is not None:
         age = time.time() - store.state(MANIFEST)[1]
         if dry_run or age < 3600 * older_than:
-            raise InputError(f"{cache}: {unfinished(change, store)}")
+            raise InputError(f"{cache}: {describe_unfinished(change, store)}")
         finish_interrupted(store)
     removed = collect_garbage(store, 3600 * older_than, dry_run)
     if as_json:

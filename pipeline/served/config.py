@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, PositiveInt
 
-from rekindle.data.settings import Free, Place, Settings
+from rekindle.data.settings import Changeable, Place, Settings
 
 
 def _address(url: str) -> str:
@@ -30,7 +30,7 @@ class ServedConfig(Settings):
     vLLM's.
     """
 
-    url: Free[Annotated[str, AfterValidator(_address)]] = Field(
+    url: Changeable[Annotated[str, AfterValidator(_address)]] = Field(
         description="the server's address up to /v1: http://host:8000/v1"
     )
     model: str = Field(min_length=1, description="the model's name on the server (GET /v1/models)")
@@ -39,25 +39,25 @@ class ServedConfig(Settings):
         description="a folder or hub id with the served model's tokenizer, compared with the "
         "corpus's; null: the tokens that the server spells out are compared instead, if it does",
     )
-    max_concurrency: Free[PositiveInt] = Field(
+    max_concurrency: Changeable[PositiveInt] = Field(
         8, description="requests at the same time, per process (--workers)"
     )
-    prompts_per_request: Free[PositiveInt] = Field(1, description="sequences in one request")
-    timeout_s: Free[float] = Field(
+    prompts_per_request: Changeable[PositiveInt] = Field(1, description="sequences in one request")
+    timeout_s: Changeable[float] = Field(
         120.0, gt=0, description="seconds without a byte of an answer before asking again"
     )
-    patience_s: Free[float] = Field(
+    patience_s: Changeable[float] = Field(
         300.0,
         gt=0,
         description="seconds to keep asking a server that has answered before, when it is "
         "overloaded or away",
     )
-    api_key_env: Free[str | None] = Field(
+    api_key_env: Changeable[str | None] = Field(
         None,
         min_length=1,
         description="environment variable with the API key; null: no key is sent",
     )
-    tolerance: Free[float] = Field(
+    tolerance: Changeable[float] = Field(
         0.05,
         ge=0,
         description="mean difference in nats (from kernels and batches) allowed between the "

@@ -26,8 +26,8 @@ from rekindle.data.errors import InputError
 from rekindle.data.forms.dialogue import Dialogues
 from rekindle.data.forms.template import find_template
 from rekindle.data.padding import length_buckets
+from rekindle.data.source.content import Dialogue
 from rekindle.data.source.generated import RECORD_SUFFIX
-from rekindle.data.source.given import Dialogue
 from rekindle.data.source.record import BadRecord
 from rekindle.data.source.rows import Row, read_rows, text_of
 from rekindle.data.source.sources import HUB, recorded_origin

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.former import with_defaults, with_every_key, with_recorded_defaults
-from rekindle.data.settings import Settings, free_keys
+from rekindle.data.settings import Settings, changeable_keys
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.targets.reading.extent import Extent
 from rekindle.train.config import STEPS_ONCE, StudentConfig, TrainConfig
@@ -209,7 +209,7 @@ def keys_that_may_change(
     value depends on what is in one forward pass.
     """
     sections = {"student": student, "train": train}
-    keys = [f"{name}.{key}" for name, one in sections.items() for key in free_keys(one)]
+    keys = [f"{name}.{key}" for name, one in sections.items() for key in changeable_keys(one)]
     return [key for key in keys if not (balanced and key == "train.micro_batch_sequences")]
 
 

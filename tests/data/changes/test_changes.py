@@ -132,7 +132,7 @@ def test_a_vocabulary_can_be_too_large_for_compact(plain):
 
 
 def test_without_room_nothing_is_begun(cache, monkeypatch):
-    monkeypatch.setattr(LocalStore, "free", 1000)
+    monkeypatch.setattr(LocalStore, "free_bytes", 1000)
     for asked in (("rename", "a", "b"), ("transcode", "a", "compact")):
         with pytest.raises(InputError, match=r"needs .* kB for a copy .*the disk has 1\.0 kB free"):
             change(cache, asked)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rekindle.data.errors import CacheMismatchError, InputError
-from rekindle.data.settings import free_keys, parse_settings
+from rekindle.data.settings import changeable_keys, parse_settings
 from rekindle.data.storage import patience
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import open_store
@@ -39,7 +39,7 @@ def test_a_served_teacher_needs_its_server_alone():
 
 
 def test_what_may_change_when_work_goes_on():
-    free = {key.removeprefix("served.") for key in free_keys(parsed()) if "served" in key}
+    free = {key.removeprefix("served.") for key in changeable_keys(parsed()) if "served" in key}
     fixed = {*ServedConfig.model_fields} - free
     assert fixed == {"model", "tokenizer"}
 

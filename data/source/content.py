@@ -30,14 +30,14 @@ class Dialogue(NamedTuple):
         return PRIVATE_RUN.sub("\n", self.written)
 
 
-class GivenTokens(NamedTuple):
+class TokenRow(NamedTuple):
     """Tokens as given [L]: ids int32, and which are ``trained``; None: all."""
 
     ids: NDArray[np.int32]
     trained: NDArray[np.bool_] | None
 
 
-Given = Dialogue | GivenTokens
+RichContent = Dialogue | TokenRow
 
 
 class Form(Protocol):
@@ -50,7 +50,7 @@ class Form(Protocol):
 
     def __call__(
         self, values: Mapping[str, object], columns: bool, where: str
-    ) -> tuple[str, Given] | BadRecord:
+    ) -> tuple[str, RichContent] | BadRecord:
         """Return the text (empty for tokens) and the content; ``columns``: missing values are null
         there; ``where``: the record's name in messages.
         """
