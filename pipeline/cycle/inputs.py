@@ -42,9 +42,7 @@ _DEV_DIVISOR = 5  # dev is at most a fifth of train
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """A task with the rows of its files that are trained on, select, and are scored. Documents in
-    groups are taken as whole groups.
-    """
+    """A task with the rows of its files that train, select and are scored, in whole groups."""
 
     task: CycleTask
     regression: bool
