@@ -72,7 +72,7 @@ FOLDERS = (
     Bad("push to a repository without an owner", "push expert x", "'x'", "is no repository",
         "give OWNER/NAME"),
     Bad("push of a model with an option for caches", "push expert me/x --with-text", "--with-text",
-        "of a cache, and expert is none"),
+        "only for a cache, and expert is none", "Leave it out"),
     Bad("push without a network", "push expert me/x", "HF_HUB_OFFLINE is set",
         "nothing can be sent", "Unset it"),
     Bad("a model on a hub without a network",
