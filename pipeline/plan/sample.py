@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rekindle.data.corpus.additions import (
-    claim_addition,
     complete_addition,
-    describe_addition,
     last_document,
     new_addition,
+    record_addition,
     recorded_shard_size,
+    resolve_addition,
     shard_metadata,
 )
 from rekindle.data.corpus.columns import TRAINED, TRAINED_FACTS, fields_of
@@ -149,7 +149,7 @@ def _compare_present(
     info = describe_corpus(config.corpus, tokenizer, size, held_texts)
     size_in_cache = (len(present.commits), len(present))
     try:
-        addition = claim_addition(present.store, info, config.corpus, lambda: size_in_cache)
+        addition = resolve_addition(present.store, info, config.corpus, lambda: size_in_cache)
     except CacheMismatchError as error:
         return False, f"the figures are for a new cache: {error}. {contents}"
     return present.complete and addition.number < len(present.additions), None
@@ -212,7 +212,7 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
     rows = rows.take(permute(np.arange(len(rows)), len(rows), seed=0, epoch=0))
     addition, tokenizer = new_addition(corpus.info["config"], []), corpus.info["tokenizer"]
     fields = fields_of(addition.config)
-    describe_addition(store, addition, tokenizer)
+    record_addition(store, addition, tokenizer)
     for name in corpus.store.names(TOKENIZER):
         store.create(f"{TOKENIZER}/{name}", corpus.store.read_bytes(f"{TOKENIZER}/{name}"))
     shards = ShardSet(store, "corpus")
