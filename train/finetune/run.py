@@ -138,11 +138,11 @@ def finetune(
     The seeds are ``first_seed``, ``first_seed + seed_stride``, … . ``out`` receives the model of
     the seed with the best dev ``metric`` (default: accuracy, or pearson), its tokenizer,
     ``metrics.json`` and ``predictions.jsonl`` (dev). It appears whole or not at all, and replaces
-    only an empty directory or, with ``force``, an earlier result. With ``keep_every`` it also has the model of
-    every seed, each in ``seeds/seed-K`` as an expert's folder by itself. ``test`` is scored per
-    seed and selects nothing. On the CPU a seed gives the same bits again. ``report`` gets a line
-    for every epoch. If interrupted, finished seeds are kept beside ``out``, and the next call
-    continues after them.
+    only an empty directory or, with ``force``, an earlier result. With ``keep_every`` it also has
+    the model of every seed, each in ``seeds/seed-K`` as an expert's folder by itself. ``test`` is
+    scored per seed and selects nothing. On the CPU a seed gives the same bits again. ``report``
+    gets a line for every epoch. If interrupted, finished seeds are kept beside ``out``, and the
+    next call continues after them.
 
     Raises InputError for wrong files, models, metrics or a diverged run, and EarlierResult.
     """
