@@ -378,7 +378,7 @@ def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
     return cast("TokenizerFacts", facts | {"special_ids": sorted(tokenizer.special_ids)})
 
 
-def hole_ids(facts: TokenizerFacts) -> NDArray[np.int32]:
+def gap_ids(facts: TokenizerFacts) -> NDArray[np.int32]:
     """Return the ids below ``size`` that are not tokens, ascending."""
     gaps = [np.arange(first, past, dtype=np.int32) for first, past in facts.get("holes", [])]
     return np.concatenate([np.zeros(0, np.int32), *gaps])
@@ -387,7 +387,7 @@ def hole_ids(facts: TokenizerFacts) -> NDArray[np.int32]:
 def content_ids(facts: TokenizerFacts) -> NDArray[np.int32]:
     """Return the ids of all tokens that are not special, ascending; random tokens are these."""
     ids = np.setdiff1d(np.arange(facts["size"]), facts["special_ids"]).astype(np.int32)
-    return np.setdiff1d(ids, hole_ids(facts)) if "holes" in facts else ids
+    return np.setdiff1d(ids, gap_ids(facts)) if "holes" in facts else ids
 
 
 def are_tokens(ids: NDArray[np.int32], facts: TokenizerFacts) -> bool:
@@ -395,4 +395,4 @@ def are_tokens(ids: NDArray[np.int32], facts: TokenizerFacts) -> bool:
     if not len(ids):
         return True
     in_range = bool(ids.min() >= 0 and ids.max() < facts["size"])
-    return in_range and not ("holes" in facts and np.isin(ids, hole_ids(facts)).any())
+    return in_range and not ("holes" in facts and np.isin(ids, gap_ids(facts)).any())

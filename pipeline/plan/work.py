@@ -92,7 +92,7 @@ def _missing_shards(
     corpus: Corpus, numbers: Sequence[int], domains: Sequence[str] | None
 ) -> Iterator[Shards]:
     """Yield the given shards of ``corpus``, grouped by number of rows."""
-    rows, tokens = corpus.units.rows, corpus.units.counts("tokens").astype(float)
+    rows, tokens = corpus.units.rows, corpus.units.count_facts("tokens").astype(float)
     taught_tokens = tokens
     if domains is not None:
         counted = enumerate(corpus.units.counts_by_name("domains"))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.config import hole_ids
+from rekindle.data.corpus.config import gap_ids
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import InputError
 from rekindle.data.exchange.logprobs import GOLD_FIELDS, fields_of_prompt
@@ -30,7 +30,7 @@ class AnswerReader:
     def __init__(self, corpus: Corpus, info: TeacherInfo):
         self.corpus, self.info = corpus, info
         facts = corpus.info["tokenizer"]
-        self.size, self.holes = int(facts["size"]), {*hole_ids(facts).tolist()}
+        self.size, self.holes = int(facts["size"]), {*gap_ids(facts).tolist()}
 
     def columns(
         self, entries: Any, tokens: NDArray[np.int32], positions: NDArray[np.int64]

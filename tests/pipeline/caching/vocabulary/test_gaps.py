@@ -7,7 +7,7 @@ import transformers
 
 from rekindle.data.cache import Cache
 from rekindle.data.corpus import config, corpus
-from rekindle.data.corpus.config import content_ids, hole_ids
+from rekindle.data.corpus.config import content_ids, gap_ids
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.storage.store import LocalStore
@@ -80,21 +80,21 @@ def test_the_size_is_one_past_the_largest_id(gapped, wordpiece):
 def test_the_text_is_there_and_random_tokens_are_drawn_from_all_tokens(made):
     cache = Cache.open(made.cache.path)
     facts = cache.corpus.info["tokenizer"]
-    lifted = {*range(168, facts["size"])} - {*hole_ids(facts).tolist()}
+    lifted = {*range(168, facts["size"])} - {*gap_ids(facts).tolist()}
     assert len(lifted) == len(LIFTED)
     texts = np.concatenate([cache.example(i).input_ids for i in range(len(cache))])
     assert {*texts.tolist()} & lifted
     masker = MaskedView(cache.corpus, MaskConfig(mask_token=0, random_token=1), 0, 1).masker
     drawn = masker.replacements(texts[:1].repeat(20_000), np.arange(20_000), "digest", 0)
     assert {*drawn.tolist()} == {*content_ids(facts).tolist()} > lifted
-    assert not {*drawn.tolist()} & {*hole_ids(facts).tolist()}
+    assert not {*drawn.tolist()} & {*gap_ids(facts).tolist()}
 
 
 def test_targets_are_of_tokens_alone(made, model, gapped):
     assert verify_cache(made.cache.path).problems == []
     cache = Cache.open(made.cache.path)
     facts = cache.corpus.info["tokenizer"]
-    holes, size = hole_ids(facts), facts["size"]
+    holes, size = gap_ids(facts), facts["size"]
     assert cache.teacher("all").info.k == size - len(holes)
     assert cache.teacher("all").info.estimator["bias"] == "exact"
     for index in range(0, len(cache), 5):
@@ -131,7 +131,7 @@ def test_replaced_tokens_are_tokens(made, teacher):
             *method.corrupted(batch, torch.device("cpu")).inputs["input_ids"].flatten().tolist()
         }
     facts = cache.corpus.info["tokenizer"]
-    assert not seen & {*hole_ids(facts).tolist()}
+    assert not seen & {*gap_ids(facts).tolist()}
     assert max(seen) == facts["size"] - 1
 
 
