@@ -142,7 +142,7 @@ def _finetune(
         *(str(tuning.model), train, dev, str(out)),
         seeds=len(tuning.seeds),
         first_seed=tuning.seeds.start,
-        step=tuning.seeds.step,
+        seed_stride=tuning.seeds.step,
         keep_every=tuning.keep_every,
         metric=tuning.metric,
         test=test,

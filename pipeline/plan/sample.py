@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rekindle.data.corpus.additions import (
-    claim_addition,
     complete_addition,
-    describe_addition,
     last_document,
     new_addition,
+    record_addition,
     recorded_shard_size,
+    resolve_addition,
     shard_metadata,
 )
 from rekindle.data.corpus.columns import TRAINED, TRAINED_FACTS, fields_of
@@ -158,7 +158,7 @@ def _compare_cached(
     info = describe_corpus(config.corpus, tokenizer, size, held_texts)
     size_in_cache = (len(cached.commits), len(cached))
     try:
-        addition = claim_addition(cached.store, info, config.corpus, lambda: size_in_cache)
+        addition = resolve_addition(cached.store, info, config.corpus, lambda: size_in_cache)
     except CacheMismatchError as error:
         return False, f"the figures are for a new cache: {error}. {contents}"
     return cached.complete and addition.number < len(cached.additions), None
@@ -223,7 +223,7 @@ def _build_probe_corpus(corpus: Corpus, store: Store) -> Corpus:
     rows = rows.take(permute(np.arange(len(rows)), len(rows), seed=0, epoch=0))
     addition, tokenizer = new_addition(corpus.info["config"], []), corpus.info["tokenizer"]
     fields = fields_of(addition.config)
-    describe_addition(store, addition, tokenizer)
+    record_addition(store, addition, tokenizer)
     for name in corpus.store.names(TOKENIZER):
         store.create(f"{TOKENIZER}/{name}", corpus.store.read_bytes(f"{TOKENIZER}/{name}"))
     shards = ShardSet(store, "corpus")

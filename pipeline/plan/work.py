@@ -13,7 +13,7 @@ import pyarrow as pa
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.reading.cut import Counts, Cut
+from rekindle.data.targets.reading.cut import Counts, Truncation
 from rekindle.data.targets.reading.reader import target_positions
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import ViewReader, shown_view
@@ -139,7 +139,7 @@ def _positions(corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard
 # --- what is cut ----------------------------------------------------------------------------------
 
 
-def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Cut | None, int]:
+def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Truncation | None, int]:
     """Return the shares cut from the texts of ``corpus``, and the limit in tokens. The view of
     pairs must exist.
     """
@@ -165,7 +165,7 @@ def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Cut | None, int]:
         texts = plan.with_prompt([texts_a[row] for row in rows])
         lengths.append(tokenizer.uncut_lengths(texts, pairs))
     counts = Counts.of(np.concatenate(lengths), limit)
-    shares = Cut(counts.cut / max(counts.texts, 1), counts.lost / max(counts.tokens, 1))
+    shares = Truncation(counts.cut / max(counts.texts, 1), counts.lost / max(counts.tokens, 1))
     return shares if counts.cut else None, limit
 
 

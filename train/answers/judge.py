@@ -235,11 +235,11 @@ class StudentHead(Judge):
         """Run the head."""
         name = str(self.head)
 
-        def run(inputs: Inputs, places: Tensor | None) -> Tensor:
-            if places is None:
+        def run(inputs: Inputs, positions: Tensor | None) -> Tensor:
+            if positions is None:
                 output = self.student(inputs, sequence_heads=[name])
             else:
-                output = self.student(inputs, token_heads={name: places})
+                output = self.student(inputs, token_heads={name: positions})
             logits: Tensor = output.logits[name]
             return logits
 

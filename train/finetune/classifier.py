@@ -136,32 +136,34 @@ def predict(
     """
     model.train(dropout)
 
-    def logits(inputs: dict[str, Tensor], places: Tensor | None) -> Tensor:
-        return classifier_logits(model, inputs, places)
+    def logits(inputs: dict[str, Tensor], positions: Tensor | None) -> Tensor:
+        return classifier_logits(model, inputs, positions)
 
     equal_lengths = padding_influence(model) > 0
     return run_by_length(encoded, batch_size, model.device, logits, equal_lengths)
 
 
 def classifier_logits(
-    model: PreTrainedModel, inputs: dict[str, Tensor], places: Tensor | None
+    model: PreTrainedModel, inputs: dict[str, Tensor], positions: Tensor | None
 ) -> Tensor:
-    """Return a classifier's logits: [B,C], or at flat ``places`` [P] of the batch [P,C]. Raises
+    """Return a classifier's logits: [B,C], or at flat ``positions`` [P] of the batch [P,C]. Raises
     InputError, naming the model, if its own code fails.
     """
     with explaining_run_errors(str(model.name_or_path)):
         logits: Tensor = model(**inputs).logits
-    return logits if places is None else logits.flatten(0, 1)[places]
+    return logits if positions is None else logits.flatten(0, 1)[positions]
 
 
-def word_places(
+def kept_word_positions(
     encoded: EncodedTexts, rows: np.ndarray, inputs: dict[str, Tensor]
 ) -> Tensor | None:
-    """Return where the words read in some rows are in a batch of them; None: whole texts."""
-    if encoded.words is None:
+    """Return the positions of some rows' words in a flattened batch of the rows; None for whole
+    texts.
+    """
+    if encoded.word_positions is None:
         return None
     ids = inputs["input_ids"]
-    return torch.from_numpy(encoded.places(rows, ids.shape[1])).to(ids.device)
+    return torch.from_numpy(encoded.kept_word_positions(rows, ids.shape[1])).to(ids.device)
 
 
 @torch.inference_mode()
@@ -188,15 +190,15 @@ def run_by_length(
     parts = []
     for rows in batches:
         inputs = collate(encoded, rows, device)
-        parts.append(run(inputs, word_places(encoded, rows, inputs)).float().cpu().numpy())
+        parts.append(run(inputs, kept_word_positions(encoded, rows, inputs)).float().cpu().numpy())
     joined = np.concatenate(parts)
-    if encoded.words is None:
+    if encoded.word_positions is None:
         logits = np.empty_like(joined)
         logits[order] = joined
         return logits
     check_finite(joined)
-    logits = np.full((sum(map(len, encoded.words)), joined.shape[1]), np.nan, np.float32)
-    logits[encoded.read_words(order)] = joined
+    logits = np.full((sum(map(len, encoded.word_positions)), joined.shape[1]), np.nan, np.float32)
+    logits[encoded.kept_word_indices(order)] = joined
     return logits
 
 

@@ -197,6 +197,28 @@ class FinetuneConfig(TaskSettings):
         return max(_PATIENCE, math.ceil(epochs / _PATIENCE))
 
 
+def plan_steps(
+    examples: int, config: FinetuneConfig, batches: int | None = None
+) -> tuple[int, int]:
+    """Return (steps, steps of warm-up): the schedule spans all planned steps (at most
+    ``max_steps``); early stopping may end before it.
+
+    ``batches`` in all epochs, if they are not cut from ``examples``.
+    """
+    total = batches or config.epochs_of(examples) * math.ceil(examples / config.batch_size)
+    total = min(total, config.max_steps or total)
+    return total, math.ceil(config.warmup * total)
+
+
+def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> float:
+    """Return the factor of the peak rate in step 0..total-1: linear warm-up to 1; then linear decay
+    to 0 at ``total``, or 1 throughout if ``schedule`` is constant.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1.0 if schedule == "constant" else (total - step) / (total - warmup)
+
+
 # What older versions trained with.
 _FORMER_DEFAULTS = {"betas": [0.9, 0.999], "eps": 1e-8}
 _FORMER_DEFAULTS |= {"group_field": None, "loss": "listwise", "grade_temperature": 1.0}

@@ -25,7 +25,9 @@ from rekindle.train.model.padding import padding_of
 
 logger = logging.getLogger("rekindle")
 
-MOST_TOKENS = 512  # of a text, unless a length is given: what most encoders were trained with
+DEFAULT_MAX_LENGTH = 512  # tokens of a text: as many as most encoders were trained with
+# Batches of an epoch that are sorted by length together: little padding, and still mixed.
+BUCKET_BATCHES = 32
 
 Row = list[int] | NDArray[np.int32]
 
@@ -34,8 +36,8 @@ Row = list[int] | NDArray[np.int32]
 class EncodedTexts:
     """Token ids per example, unpadded; segment ids only if tokenizer and model know them.
 
-    ``words``, if the examples are lists of words: for each example the places of its words' first
-    tokens, -1 for a word that is not read.
+    ``word_positions``, if the examples are lists of words: for each example the position of each
+    word's first token, -1 if the word was cut off or has no token.
     """
 
     input_ids: Sequence[Row]
@@ -43,9 +45,9 @@ class EncodedTexts:
     padding_id: int
     limit: int = 0  # tokens; longer texts are cut
     model_limit: float = math.inf  # tokens that the model takes
-    cut: int = 0  # texts that were cut
-    longest: int = 0  # tokens of the longest of these before the cut
-    words: Sequence[NDArray[np.int64]] | None = None
+    cut_count: int = 0  # texts that were cut
+    longest_uncut: int = 0  # tokens of the longest text before any cut
+    word_positions: Sequence[NDArray[np.int64]] | None = None
     words_cut: int = 0  # words not read because the text is cut
     words_empty: int = 0  # words of which the tokenizer makes no token
 
@@ -65,23 +67,29 @@ class EncodedTexts:
         return len(self.input_ids)
 
     @cached_property
-    def _ends(self) -> np.ndarray:
-        return np.cumsum([len(places) for places in self.words or ()], dtype=np.int64)
+    def _word_ends(self) -> np.ndarray:
+        return np.cumsum(
+            [len(positions) for positions in self.word_positions or ()], dtype=np.int64
+        )
 
-    def read_words(self, rows: np.ndarray) -> np.ndarray:
-        """Return the words read in some rows, by their number among those of all: int64 [P]."""
-        assert self.words is not None
-        each = [(self._ends[row] - len(self.words[row]), self.words[row] >= 0) for row in rows]
-        return np.concatenate([start + np.flatnonzero(read) for start, read in each])
-
-    def places(self, rows: np.ndarray, width: int) -> np.ndarray:
-        """Return where these words are in a batch of the rows, flattened from [B,width]:
-        int64 [P].
+    def kept_word_indices(self, rows: np.ndarray) -> np.ndarray:
+        """Return the indices, among all words of all examples, of the words of some rows that have
+        a token and were not cut off: int64 [P].
         """
-        assert self.words is not None
-        each = [number * width + self.words[row] for number, row in enumerate(rows)]
-        read = [self.words[row] >= 0 for row in rows]
-        return np.concatenate(each)[np.concatenate(read)]
+        assert self.word_positions is not None
+        each = [(self._word_ends[row], self.word_positions[row]) for row in rows]
+        return np.concatenate(
+            [end - len(positions) + np.flatnonzero(positions >= 0) for end, positions in each]
+        )
+
+    def kept_word_positions(self, rows: np.ndarray, width: int) -> np.ndarray:
+        """Return the positions of these words' first tokens in a batch of the rows, flattened from
+        [B,width]: int64 [P].
+        """
+        assert self.word_positions is not None
+        each = [self.word_positions[row] for row in rows]
+        flat = [number * width + positions for number, positions in enumerate(each)]
+        return np.concatenate(flat)[np.concatenate(each) >= 0]
 
 
 @dataclass(frozen=True)
@@ -90,18 +98,24 @@ class Cuts:
 
     limit: int = 0
     model_limit: float = math.inf
-    cut: int = 0
-    longest: int = 0
+    cut_count: int = 0
+    longest_uncut: int = 0
     count: int = 0
     unread: dict[str, int] = field(default_factory=dict)
 
     def add(self, texts: "EncodedTexts | Cuts") -> "Cuts":
         """Return these combined with those of one more block."""
-        cut, longest = self.cut + texts.cut, max(self.longest, texts.longest)
         unread = {
             reason: self.unread.get(reason, 0) + count for reason, count in texts.unread.items()
         }
-        return Cuts(texts.limit, texts.model_limit, cut, longest, self.count + texts.count, unread)
+        return Cuts(
+            texts.limit,
+            texts.model_limit,
+            self.cut_count + texts.cut_count,
+            max(self.longest_uncut, texts.longest_uncut),
+            self.count + texts.count,
+            unread,
+        )
 
 
 def encode(
@@ -110,16 +124,17 @@ def encode(
     data: TaskData,
     max_length: int | None,
 ) -> EncodedTexts:
-    """Tokenize a split, cut to ``max_length`` (MOST_TOKENS) and to the limits of model and
-    tokenizer.
+    """Tokenize a split, cut to ``max_length`` (by default DEFAULT_MAX_LENGTH) or, if lower, to what
+    model and tokenizer take.
 
     ``tokenizer`` is a fast Hugging Face one; its own template joins pairs (GPT-2 and Llama put
-    nothing between), as in stage 1. A special token's name in a text is text. An empty text becomes
-    one padding token, so that no row is empty. Lists of words are read as in ``encode_words``.
+    nothing between), as in stage 1. A special token written in a text, such as [SEP], is
+    tokenized as ordinary text. An empty text becomes one padding token, so that no row is empty.
+    Lists of words are read as in ``encode_words``.
     """
     padding_id = padding_id_of(model_config, tokenizer)
     model_limit = min(longest_input(model_config) or math.inf, tokenizer.model_max_length)
-    limit = int(min(max_length or MOST_TOKENS, model_limit))
+    limit = int(min(max_length or DEFAULT_MAX_LENGTH, model_limit))
     if data.words is not None:
         wrapped = wrap_tokenizer(tokenizer, tokenizer.name_or_path)
         encoded_words = encode_words(wrapped, data.words, limit)
@@ -132,29 +147,29 @@ def encode(
     ids = [row or [padding_id] for row in encodings["input_ids"]]
     # A generic tokenizer also gives segments to models that would misread them.
     types = encodings.get("token_type_ids") if knows_segments(model_config) else None
-    cut = [row for row, encoding in enumerate(encodings.encodings) if encoding.overflowing]
-    longest = 0
-    if cut:
-        pairs = data.pairs and [data.pairs[row] for row in cut]
-        texts, options = [data.texts[row] for row in cut], {"split_special_tokens": True}
+    cut_rows = [row for row, encoding in enumerate(encodings.encodings) if encoding.overflowing]
+    longest_uncut = max(map(len, ids), default=0)
+    if cut_rows:
+        pairs = data.pairs and [data.pairs[row] for row in cut_rows]
+        texts, options = [data.texts[row] for row in cut_rows], {"split_special_tokens": True}
         uncut = tokenizer(texts, pairs, truncation=False, verbose=False, **options)
-        longest = max(map(len, uncut["input_ids"]))
+        longest_uncut = max(map(len, uncut["input_ids"]))
     _refuse_unknown(tokenizer, model_config, max(map(max, ids), default=0))
-    return EncodedTexts(ids, types, padding_id, limit, model_limit, len(cut), longest)
+    return EncodedTexts(ids, types, padding_id, limit, model_limit, len(cut_rows), longest_uncut)
 
 
 def _refuse_unknown(
     tokenizer: PreTrainedTokenizerFast, model_config: PretrainedConfig, largest: int
 ) -> None:
     """Raise InputError if the model cannot embed the ``largest`` id."""
-    rows = model_config.get_text_config().vocab_size
-    if largest >= rows:
+    embedding_rows = model_config.get_text_config().vocab_size
+    if largest >= embedding_rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise InputError(
             f"the tokenizer of {tokenizer.name_or_path} gives id {largest} ({token!r}), but the "
-            f"model's embedding has {rows:,} rows. Give the tokenizer files (tokenizer.json, "
-            "tokenizer_config.json, special_tokens_map.json) that the model was saved with, or "
-            "make the embedding larger (transformers' resize_token_embeddings)"
+            f"model's embedding has {embedding_rows:,} rows. Give the tokenizer files "
+            "(tokenizer.json, tokenizer_config.json, special_tokens_map.json) that the model was "
+            "saved with, or make the embedding larger (transformers' resize_token_embeddings)"
         )
 
 
@@ -163,18 +178,29 @@ def from_words(
 ) -> EncodedTexts:
     """Return texts that were given as words; an empty one is a padding token."""
     ids = [row if len(row) else np.array([padding_id], np.int32) for row in words.ids]
-    cut, longest = int((words.lengths > limit).sum()), int(words.lengths.max(initial=0))
-    counts = (cut, longest, words.places, words.cut, words.empty)
-    return EncodedTexts(ids, None, padding_id, limit, model_limit, *counts)
+    return EncodedTexts(
+        ids,
+        None,
+        padding_id,
+        limit,
+        model_limit,
+        cut_count=int((words.lengths > limit).sum()),
+        longest_uncut=int(words.lengths.max(initial=0)),
+        word_positions=words.positions,
+        words_cut=words.cut,
+        words_empty=words.empty,
+    )
 
 
 def padding_id_of(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
     """Return an id to pad with that the model can embed: its own padding id, else the tokenizer's,
     the end of text, or 0.
     """
-    rows = model_config.get_text_config().vocab_size
+    embedding_rows = model_config.get_text_config().vocab_size
     candidates = (padding_of(model_config), tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((number for number in candidates if number is not None and number < rows), 0)
+    return next(
+        (number for number in candidates if number is not None and number < embedding_rows), 0
+    )
 
 
 def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
@@ -185,11 +211,33 @@ def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> di
     return model_inputs(ids, lengths, device, segments)
 
 
+def epoch_batches(
+    lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """Return the row numbers of each batch of an epoch: every row once, rows of similar length
+    together.
+
+    Rows are shuffled, sorted by length within stretches of ``BUCKET_BATCHES`` batches, cut, and the
+    batches shuffled again. A pure function of its arguments; only one batch may be short.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    order = generator.permutation(len(lengths))
+    stretch = batch_size * BUCKET_BATCHES
+    batches = []
+    for start in range(0, len(order), stretch):
+        rows = order[start : start + stretch]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    return [batches[number] for number in generator.permutation(len(batches))]
+
+
 def log_cut_texts(
     splits: Mapping[str, EncodedTexts | Cuts], trained_split: str = ""
 ) -> dict[str, float]:
-    """Return the share of each split's texts that was cut, and log it, as a warning if any was; log
-    how many words of lists are not read, which has another consequence for ``trained_split``.
+    """Return the share of each split's texts that was cut, and log it, as a warning if any was.
+
+    Also warn of unread words: in ``trained_split`` they teach nothing, in others they count as
+    wrong.
     """
     for name, texts in splits.items():
         for reason, count in texts.unread.items():
@@ -198,13 +246,13 @@ def log_cut_texts(
                 consequence = "teach nothing" if name == trained_split else wrong
                 words = counted(count, "word")
                 logger.warning("%s of %s: %s; they %s", words, name, reason, consequence)
-    shares = {name: texts.cut / max(texts.count, 1) for name, texts in splits.items()}
+    shares = {name: texts.cut_count / max(texts.count, 1) for name, texts in splits.items()}
     limit = max((texts.limit for texts in splits.values()), default=0)
     if not any(shares.values()):
         logger.info("no text is cut (at most %d tokens)", limit)
         return shares
-    cut_shares = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
-    longest = max(texts.longest for texts in splits.values())
+    shares_text = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
+    longest = max(texts.longest_uncut for texts in splits.values())
     model_limit = min(texts.model_limit for texts in splits.values())
     advice = "the model takes no more"
     if limit < model_limit:
@@ -212,6 +260,6 @@ def log_cut_texts(
         advice = f"max_length={min(longest, model_limit)} reads {amount}"
     logger.warning(
         "texts are cut at %d tokens: %s (the longest has %d); what follows is never read: %s",
-        *(limit, cut_shares, longest, advice),
+        *(limit, shares_text, longest, advice),
     )
     return shares

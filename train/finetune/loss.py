@@ -22,7 +22,7 @@ def loss_of(
     if several may hold, squared error for scores; ``config.loss`` for documents in groups, of which
     ``rows`` has whole ones.
     """
-    labels = data.labels[rows if data.problem != TAGS else encoded.read_words(rows)]
+    labels = data.labels[rows if data.problem != TAGS else encoded.kept_word_indices(rows)]
     target = torch.from_numpy(labels).to(logits.device)
     if data.groups is not None:
         groups = torch.from_numpy(data.groups[rows]).to(logits.device)

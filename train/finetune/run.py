@@ -1,4 +1,4 @@
-"""Fine-tune a model on a labelled task into an expert directory. Knows no cache.
+"""Fine-tune a model on a labelled task into an expert directory. Uses no cache of targets.
 
 The dev split decides which seed's model is written and, with ``patience`` (the default), which
 epoch's. Then each seed's score is that of its best epoch on the very rows that chose it: ``mean``
@@ -27,14 +27,25 @@ from rekindle.train.finetune.best_epoch import DONE, MAX_STEPS, PATIENCE, BestEp
 from rekindle.train.finetune.classifier import (
     classifier_config,
     classifier_logits,
+    kept_word_positions,
     load_classifier,
     padded_tokenizer,
     predict,
-    word_places,
 )
-from rekindle.train.finetune.config import FinetuneConfig, less_memory
+from rekindle.train.finetune.config import (
+    FinetuneConfig,
+    learning_rate_factor,
+    less_memory,
+    plan_steps,
+)
 from rekindle.train.finetune.constant import find_weakness
-from rekindle.train.finetune.encoded import EncodedTexts, collate, encode, log_cut_texts
+from rekindle.train.finetune.encoded import (
+    EncodedTexts,
+    collate,
+    encode,
+    epoch_batches,
+    log_cut_texts,
+)
 from rekindle.train.finetune.loss import loss_of
 from rekindle.train.finetune.metrics import (
     chosen_metric,
@@ -44,7 +55,7 @@ from rekindle.train.finetune.metrics import (
 )
 from rekindle.train.finetune.predictions import Answers, write_predictions
 from rekindle.train.finetune.progress import Report, SeedProgress
-from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out, seed_folder
+from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.seeds import FinishedSeeds, describe_tuning
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import place
@@ -52,12 +63,11 @@ from rekindle.train.model.sight import padding_influence
 from rekindle.train.optimizer import adamw
 from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.precision import autocast, bf16_saves, warn_of_slow_precision
-from rekindle.train.ranking.groups import batches_of_groups, taught_rows, warn_large_groups
+from rekindle.train.ranking.groups import batches_of_groups, trained_rows, warn_large_groups
 from rekindle.train.record.working_copy import shown_folder
 from rekindle.train.running_out import report_shortage
 
 CLIP_NORM = 1.0
-BUCKET_BATCHES = 32  # batches that are sorted by length together: little padding, and still mixed
 PREDICTIONS_FILE = "predictions.jsonl"  # for dev, in an expert's folder
 LOSS_EVERY = 10  # steps between two looks at the loss; each one waits for the device
 
@@ -73,16 +83,22 @@ class _Job:
     tokenizer: PreTrainedTokenizerFast
     data: dict[str, TaskData]  # train, dev and maybe test
     encoded: dict[str, EncodedTexts]
-    cut: dict[str, float]  # share of the texts of each split
+    cut_shares: dict[str, float]  # of the texts of each split
     metric: str
     device: torch.device
     precision: str
-    rows: np.ndarray | None = None  # for documents in groups: the train rows to teach
+    rows: np.ndarray | None = None  # for documents in groups: the rows to train on
 
     @property
     def train_count(self) -> int:
         """Return how many rows an epoch trains on."""
         return len(self.data["train"]) if self.rows is None else len(self.rows)
+
+    @property
+    def unread_words(self) -> dict[str, dict[str, int]]:
+        """Return the numbers of words that are not read, by split and reason."""
+        texts = self.encoded.items()
+        return {name: each.unread for name, each in texts if each.word_positions is not None}
 
     @property
     def shown_metric(self) -> str:
@@ -96,7 +112,9 @@ class _Job:
         groups = self.data["train"].groups
         if groups is None or self.rows is None:
             return epoch_batches(lengths, size, seed=seed, epoch=epoch)
-        return batches_of_groups(groups, lengths, size, seed=seed, epoch=epoch, taught=self.rows)
+        return batches_of_groups(
+            groups, lengths, size, seed=seed, epoch=epoch, chosen_rows=self.rows
+        )
 
 
 def finetune(
@@ -107,7 +125,7 @@ def finetune(
     *,
     seeds: int = 1,
     first_seed: int = 0,
-    step: int = 1,
+    seed_stride: int = 1,
     metric: str | None = None,
     config: FinetuneConfig | None = None,
     test: str | None = None,
@@ -117,14 +135,14 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune ``model`` (a directory or a hub id, safetensors only) once per seed; write ``out``.
 
-    The seeds are ``first_seed``, ``first_seed + step``, … . ``out`` receives the model of the seed
-    with the best dev ``metric`` (default: accuracy, or pearson), its tokenizer, ``metrics.json``
-    and ``predictions.jsonl`` (dev). It appears whole or not at all, and replaces only an empty
-    directory or, with ``force``, an earlier result. With ``keep_every`` it also has the model of
-    every seed, each in ``seeds/seed-K`` as an expert's folder by itself. ``test`` is scored per
-    seed and selects nothing. On the CPU a seed gives the same bits again. ``report`` gets a line
-    for every epoch. If interrupted, finished seeds are kept beside ``out``, and the next call
-    continues after them.
+    The seeds are ``first_seed``, ``first_seed + seed_stride``, … . ``out`` receives the model of
+    the seed with the best dev ``metric`` (default: accuracy, or pearson), its tokenizer,
+    ``metrics.json`` and ``predictions.jsonl`` (dev). It appears whole or not at all, and replaces
+    only an empty directory or, with ``force``, an earlier result. With ``keep_every`` it also has
+    the model of every seed, each in ``seeds/seed-K`` as an expert's folder by itself. ``test`` is
+    scored per seed and selects nothing. On the CPU a seed gives the same bits again. ``report``
+    gets a line for every epoch. If interrupted, finished seeds are kept beside ``out``, and the
+    next call continues after them.
 
     Raises InputError for wrong files, models, metrics or a diverged run, and EarlierResult.
     """
@@ -146,8 +164,8 @@ def finetune(
         if name != "train":
             log_undefined_scores(files[name], split)
     out_folder = Path(out).resolve()
-    planned = range(first_seed, first_seed + step * seeds, step)
-    seeds_done = FinishedSeeds(out_folder, planned, metric, keep_every=keep_every)
+    planned_seeds = range(first_seed, first_seed + seed_stride * seeds, seed_stride)
+    seeds_done = FinishedSeeds(out_folder, planned_seeds, metric, keep_every=keep_every)
     settings = {"metric": metric} | config.model_dump(mode="json")
     placement = place(config.precision)
     with quiet_transformers():
@@ -167,23 +185,34 @@ def finetune(
             network, result, dev_logits = _run_seed(job, seed, progress)
             seeds_done.add(result, functools.partial(_save_model, network, job, dev_logits))
             del network
-        unread = {n: texts.unread for n, texts in job.encoded.items() if texts.words is not None}
 
-        def result_of(ones: Sequence[SeedResult]) -> FinetuneResult:
-            in_all = seconds + sum(one.seconds for one in ones)
-            facts = (model, files, data, metric, ones, config, job.precision, in_all)
-            return FinetuneResult.of(*facts, cut=job.cut, unread=unread)
+        def result_of(seed_results: Sequence[SeedResult]) -> FinetuneResult:
+            return FinetuneResult.of(
+                model,
+                files,
+                data,
+                metric,
+                seed_results,
+                config,
+                job.precision,
+                seconds + sum(one.seconds for one in seed_results),
+                cut=job.cut_shares,
+                unread=job.unread_words,
+            )
 
-        def describe(folder: Path, ones: Sequence[SeedResult]) -> None:
-            result = result_of(ones)
+        def write_result(folder: Path, place: Path, seed_results: Sequence[SeedResult]) -> None:
+            result = result_of(seed_results)
             result.save(folder)
-            is_best = len(ones) == len(seeds_done.results)
-            final = Path(out) if is_best else seed_folder(Path(out), ones[0].seed)
-            facts = (model, result.problem, result.label_names, result.mean_scores())
-            card = expert_card(shown_folder(final), *facts)
+            card = expert_card(
+                shown_folder(Path(out) / place),
+                model,
+                result.problem,
+                result.label_names,
+                result.mean_scores(),
+            )
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
-        seeds_done.publish(out_folder, describe, force)
+        seeds_done.publish(out_folder, write_result, force)
     return result_of(seeds_done.results)
 
 
@@ -194,18 +223,21 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
         {"--set precision={}": config.precision}, torch.device(placement.device).type
     )
     tokenizer = padded_tokenizer(model)
-    limits = classifier_config(model, data["train"].problem)
+    model_config = classifier_config(model, data["train"].problem)
     encoded = {
-        name: encode(tokenizer, limits, split, config.max_length) for name, split in data.items()
+        name: encode(tokenizer, model_config, split, config.max_length)
+        for name, split in data.items()
     }
     device = torch.device(placement.device)
-    cut = log_cut_texts(encoded, trained_split="train")
+    cut_shares = log_cut_texts(encoded, trained_split="train")
     precision, train = placement.precision, data["train"]
     rows = None
     if train.groups is not None:
-        rows = taught_rows(train.groups, train.labels, config.loss == "pointwise")
+        rows = trained_rows(train.groups, train.labels, config.loss == "pointwise")
         warn_large_groups(train.groups[rows], config.batch_size)
-    return _Job(model, config, tokenizer, data, encoded, cut, metric, device, precision, rows)
+    return _Job(
+        model, config, tokenizer, data, encoded, cut_shares, metric, device, precision, rows
+    )
 
 
 # ---- one seed ----------------------------------------------------------------------------------
@@ -225,17 +257,22 @@ def _run_seed(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _start(job).to(job.device)
-        rates = (config.learning_rate, config.weight_decay, config.betas, config.eps)
-        optimizer = adamw(model.parameters(), *rates)
-        planned = config.epochs_of(job.train_count)
+        optimizer = adamw(
+            model.parameters(),
+            config.learning_rate,
+            config.weight_decay,
+            betas=config.betas,
+            eps=config.eps,
+        )
+        max_epochs = config.epochs_of(job.train_count)
         batch_count = None
         if job.rows is not None:
-            batch_count = sum(len(job.batches(seed, epoch)) for epoch in range(planned))
+            batch_count = sum(len(job.batches(seed, epoch)) for epoch in range(max_epochs))
         total, warmup = plan_steps(job.train_count, config, batch_count)
-        best = BestEpoch(config.patience_of(planned))
+        best = BestEpoch(config.patience_of(max_epochs))
         bar = progress.add_task(f"seed {seed}", total=total)
-        step, stopped, epochs = 0, DONE, []
-        for epoch in range(planned):
+        step, end_reason, epochs = 0, DONE, []
+        for epoch in range(max_epochs):
             batches = job.batches(seed, epoch)[: total - step]
             loss_sum = torch.zeros((), device=job.device)
             model.train()
@@ -244,9 +281,9 @@ def _run_seed(
                     factor = learning_rate_factor(step, total, warmup, config.schedule)
                     group["lr"] = config.learning_rate * factor
                 inputs = collate(encoded["train"], rows, job.device)
-                places = word_places(encoded["train"], rows, inputs)
+                positions = kept_word_positions(encoded["train"], rows, inputs)
                 with autocast(job.precision, job.device):
-                    logits = classifier_logits(model, inputs, places)
+                    logits = classifier_logits(model, inputs, positions)
                 loss = loss_of(logits.float(), data["train"], encoded["train"], rows, config)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -256,7 +293,7 @@ def _run_seed(
                 step += 1
                 if step % LOSS_EVERY == 0 or number == len(batches):
                     mean_loss = _finite(loss_sum.item() / number, seed, step)
-                    line = f"seed {seed}  epoch {epoch + 1}/{planned}  loss {mean_loss:.4f}"
+                    line = f"seed {seed}  epoch {epoch + 1}/{max_epochs}  loss {mean_loss:.4f}"
                     progress.step(bar, step, line)
             scores, dev_logits = score_split("dev")
             epochs.append({"epoch": epoch + 1, "steps": step, "loss": mean_loss, "scores": scores})
@@ -264,14 +301,23 @@ def _run_seed(
             best.update(job.metric, scores, dev_logits, model)
             if step == total or best.ran_out:
                 early_reason = PATIENCE if best.ran_out and step < total else MAX_STEPS
-                stopped = DONE if epoch + 1 == planned else early_reason
+                end_reason = DONE if epoch + 1 == max_epochs else early_reason
                 break
         best.restore(model)
         test_scores = score_split("test")[0] if "test" in data else None
         progress.remove_task(bar)
-    seconds = time.perf_counter() - started
-    ending = (best.epoch, planned, stopped, _warning(job, seed, best))
-    return model, SeedResult(seed, best.scores, test_scores, epochs, seconds, *ending), best.logits
+    result = SeedResult(
+        seed,
+        best.scores,
+        test_scores,
+        epochs,
+        seconds=time.perf_counter() - started,
+        kept_epoch=best.epoch,
+        planned_epochs=max_epochs,
+        stopped=end_reason,
+        warning=_warning(job, seed, best),
+    )
+    return model, result, best.logits
 
 
 def _warning(job: _Job, seed: int, best: BestEpoch) -> str | None:
@@ -314,47 +360,6 @@ def _start(job: _Job) -> PreTrainedModel:
             type(network).__name__,
         )
     return network
-
-
-def plan_steps(
-    examples: int, config: FinetuneConfig, batches: int | None = None
-) -> tuple[int, int]:
-    """Return (steps, steps of warm-up); the schedule spans the steps that are really done.
-
-    ``batches`` in all epochs, if they are not cut from ``examples``.
-    """
-    total = batches or config.epochs_of(examples) * math.ceil(examples / config.batch_size)
-    total = min(total, config.max_steps or total)
-    return total, math.ceil(config.warmup * total)
-
-
-def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> float:
-    """Return the factor of the peak rate in step 0..total-1: rises to 1, then falls to 0 at
-    ``total``.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    return 1.0 if schedule == "constant" else (total - step) / (total - warmup)
-
-
-def epoch_batches(
-    lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int
-) -> list[np.ndarray]:
-    """Return the row numbers of each batch of an epoch: every row once, rows of similar length
-    together.
-
-    Rows are shuffled, sorted by length within stretches of ``BUCKET_BATCHES`` batches, cut, and the
-    batches shuffled again. A pure function of its arguments; only one batch may be short.
-    """
-    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    order = generator.permutation(len(lengths))
-    stretch = batch_size * BUCKET_BATCHES
-    batches = []
-    for start in range(0, len(order), stretch):
-        rows = order[start : start + stretch]
-        rows = rows[np.argsort(lengths[rows], kind="stable")]
-        batches += [rows[cut : cut + batch_size] for cut in range(0, len(rows), batch_size)]
-    return [batches[number] for number in generator.permutation(len(batches))]
 
 
 def _finite(loss: float, seed: int, step: int) -> float:

@@ -1,10 +1,10 @@
 """The finished seeds of a fine-tuning, kept until all are finished: an interrupt, or a kill, costs
 one.
 
-.OUT.seeds/about.json    what is fine-tuned, on what, and how
+  .OUT.seeds/about.json    what is fine-tuned, on what, and how
   .OUT.seeds/seed-0.json   the result of seed 0
   .OUT.seeds/model-0/      its model, while it is the best; at the end it becomes OUT. If every
-                         seed's is kept, a copy becomes OUT/seeds/seed-0
+                           seed's is kept, a copy becomes OUT/seeds/seed-0
 """
 
 import hashlib
@@ -46,7 +46,9 @@ from rekindle.train.record.stored_result import upload_result
 from rekindle.train.record.working_copy import store_of
 
 ABOUT_FILE = "about.json"
-Write = Callable[[Path, Sequence[SeedResult]], None]
+# Writes what belongs to the results of some seeds: into a folder, which will be at a path relative
+# to the output.
+Write = Callable[[Path, Path, Sequence[SeedResult]], None]
 
 logger = logging.getLogger("rekindle")
 
@@ -172,17 +174,17 @@ class FinishedSeeds:
         """
         best_model = self._model(self._best().seed)
         if not self.keep_every and store_of(out) is None:
-            write(best_model, self.results)
+            write(best_model, Path(), self.results)
             publish_folder(best_model, out)
             return
         result_folder = self.folder / "whole"
         # made of copies: after a kill every seed is still here
         with new_folder(result_folder) as staged:
             shutil.copytree(best_model, staged, dirs_exist_ok=True)
-            write(staged, self.results)
+            write(staged, Path(), self.results)
             for one in self.results if self.keep_every else ():
                 shutil.copytree(self._model(one.seed), seed_folder(staged, one.seed))
-                write(seed_folder(staged, one.seed), [one])
+                write(seed_folder(staged, one.seed), seed_folder(Path(), one.seed), [one])
         publish_folder(result_folder, out)
         upload_result(out, force)
 

@@ -238,7 +238,7 @@ class StudentNetwork(nn.Module):
     def output_head(self) -> OutputHead:
         """Return the output matrix over real tokens."""
         head = self._split.head
-        if self._passes is not None and self._passes.ends_here:
+        if self._passes is not None and self._passes.stops_gradients:
             bias = None if head.bias is None else head.bias.detach()
             head = head._replace(weight=head.weight.detach(), bias=bias)
         return head.cut(self.vocabulary_size)

@@ -1,7 +1,9 @@
-"""Layers between a student and its body: they keep passes for equal inputs, record them, or replay
-them.
+"""Wrappers around the student's body that record, share or replay its forward passes; and an
+attention mask that knows whether it hides anything.
 
-Without one, each pass is run and forgotten. Shapes: B sequences of S tokens, N rows, H hidden.
+Without a wrapper, each pass is run and forgotten.
+
+Shapes: B sequences of S tokens, N rows, H hidden.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +25,8 @@ class Pass(NamedTuple):
     hidden: Tensor | None  # [N,H] the output matrix's input, at the selected positions
     states: Tensor  # [B,S,H] what task heads read
 
-    def answers(self, inputs: Inputs, select: Tensor | None) -> bool:
-        """Return whether another pass would give the same, but for dropout."""
+    def covers(self, inputs: Inputs, select: Tensor | None) -> bool:
+        """Return whether this pass already holds the result for these arguments (dropout aside)."""
         same = inputs.keys() == self.inputs.keys() and all(
             torch.equal(inputs[name], self.inputs[name]) for name in inputs
         )
@@ -36,7 +38,8 @@ class Pass(NamedTuple):
 class RecordedPasses:
     """Runs the body each time, and keeps the results."""
 
-    ends_here = False  # whether gradients go on, to the body and to the output matrix
+    # True: gradients end at the replayed states, and reach neither the body nor the output matrix.
+    stops_gradients = False
 
     def __init__(self) -> None:
         self.passes: list[Pass] = []
@@ -50,17 +53,18 @@ class RecordedPasses:
 class SharedPasses(RecordedPasses):
     """Runs the body once for equal inputs: several values of an evaluation share its passes.
 
-    ``known_to_all(known)``: whether the pass is ``equal_pass`` in all processes; if not, it is run.
+    ``all_processes_agree(found)``: whether all processes have found an equal pass; if one has not,
+    all run it.
     """
 
-    def __init__(self, known_to_all: Callable[[bool], bool] = bool) -> None:
+    def __init__(self, all_processes_agree: Callable[[bool], bool] = bool) -> None:
         super().__init__()
-        self.known_to_all = known_to_all
+        self.all_processes_agree = all_processes_agree
 
     def run(self, inputs: Inputs, select: Tensor | None, body: Body) -> PassResult:
         """Return the result of an equal pass, or run the body."""
-        equal_pass = next((one for one in self.passes if one.answers(inputs, select)), None)
-        if self.known_to_all(equal_pass is not None) and equal_pass is not None:
+        equal_pass = next((one for one in self.passes if one.covers(inputs, select)), None)
+        if self.all_processes_agree(equal_pass is not None) and equal_pass is not None:
             return (None if select is None else equal_pass.hidden), equal_pass.states
         return super().run(inputs, select, body)
 
@@ -68,7 +72,7 @@ class SharedPasses(RecordedPasses):
 class ReplayedPasses(RecordedPasses):
     """Replays recorded passes in their order, as ``leaves`` at which gradients end."""
 
-    ends_here = True
+    stops_gradients = True
 
     def __init__(self, recorded: Sequence[Pass]) -> None:
         super().__init__()
@@ -76,7 +80,7 @@ class ReplayedPasses(RecordedPasses):
 
     def run(self, inputs: Inputs, select: Tensor | None, body: Body) -> PassResult:
         """Return the next pass, detached; one that was not recorded is run without gradients."""
-        if self.remaining and self.remaining[0].answers(inputs, select):
+        if self.remaining and self.remaining[0].covers(inputs, select):
             _, _, hidden, states = self.remaining.pop(0)
         else:
             with torch.no_grad():
@@ -89,9 +93,9 @@ class ReplayedPasses(RecordedPasses):
         return self.leaves[-1]
 
 
-# --- what a pass asks of its mask ---
-# With PyTorch's own attention transformers asks ``mask.all()`` before every pass, to leave out a
-# mask that hides nothing. On a GPU the answer would wait for all earlier work; the host knows it.
+# --- masks that know whether they hide anything ---
+# With PyTorch's own attention transformers calls ``mask.all()`` before every pass, to leave out a
+# mask that hides nothing. On a GPU that call would wait for all earlier work; the host knows it.
 
 MASK = "attention_mask"
 _SAME = (Tensor.to, Tensor.bool, Tensor.long)  # what does not change the answer
@@ -100,13 +104,13 @@ _SAME = (Tensor.to, Tensor.bool, Tensor.long)  # what does not change the answer
 class PaddingMask(Tensor):
     """A mask [B,S] that answers ``all()`` itself."""
 
-    full: bool  # whether it hides nothing
+    hides_nothing: bool
 
     @classmethod
-    def of(cls, mask: Tensor, full: bool) -> "PaddingMask":
+    def of(cls, mask: Tensor, hides_nothing: bool) -> "PaddingMask":
         """Return the mask, with the answer."""
         marked = mask.as_subclass(cls)
-        marked.full = full
+        marked.hides_nothing = hides_nothing
         return marked
 
     @classmethod
@@ -121,22 +125,24 @@ class PaddingMask(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             mask = args[0] if args and isinstance(args[0], cls) else None
             if func is Tensor.all and mask is not None and len(args) == 1 and not kwargs:
-                return mask.full
+                return mask.hides_nothing
             result = func(*args, **(kwargs or {}))
             if not isinstance(result, Tensor):
                 return result
             if mask is not None and func in _SAME:
-                return cls.of(result, mask.full)
+                return cls.of(result, mask.hides_nothing)
             return result.as_subclass(Tensor) if isinstance(result, cls) else result
 
 
-def note_padding(mask: Tensor, full: bool) -> Tensor:
+def note_padding(mask: Tensor, hides_nothing: bool) -> Tensor:
     """Note on a mask whether it hides nothing; for ``with_known_padding``."""
-    mask.hides_nothing = full  # type: ignore[attr-defined]
+    mask.hides_nothing = hides_nothing  # type: ignore[attr-defined]
     return mask
 
 
 def with_known_padding(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return a pass's inputs with a mask that answers by itself, if ``note_padding`` marked it."""
-    full = getattr(inputs[MASK], "hides_nothing", None)
-    return inputs if full is None else {**inputs, MASK: PaddingMask.of(inputs[MASK], full)}
+    hides_nothing = getattr(inputs[MASK], "hides_nothing", None)
+    if hides_nothing is None:
+        return inputs
+    return {**inputs, MASK: PaddingMask.of(inputs[MASK], hides_nothing)}

@@ -186,15 +186,15 @@ def count_whole_groups(groups: Ints, count: int) -> int:
 
 
 def batches_of_groups(
-    groups: Ints, lengths: Ints, batch_size: int, *, seed: int, epoch: int, taught: Ints
+    groups: Ints, lengths: Ints, batch_size: int, *, seed: int, epoch: int, chosen_rows: Ints
 ) -> list[Ints]:
-    """Return the rows of each batch of an epoch: every group of the ``taught`` rows whole, in one
-    batch.
+    """Return the rows of each batch of an epoch: every group of the ``chosen_rows`` whole,
+    in one batch.
 
     Groups are shuffled and combined while they fit into ``batch_size``; a larger one is a batch of
     its own. In a batch rows are sorted by descending length. A pure function of its arguments.
     """
-    parts = [taught[rows] for rows in parts_of(groups[taught])]
+    parts = [chosen_rows[rows] for rows in parts_of(groups[chosen_rows])]
     generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     batches: list[list[Ints]] = []
     room = 0
@@ -220,7 +220,7 @@ def warn_large_groups(groups: Ints, batch_size: int) -> None:
         )
 
 
-def taught_rows(groups: Ints, grades: NDArray[np.floating], pointwise: bool) -> Ints:
+def trained_rows(groups: Ints, grades: NDArray[np.floating], pointwise: bool) -> Ints:
     """Return the rows that a loss is over: all if ``pointwise``, else those of groups with an
     order.
     """

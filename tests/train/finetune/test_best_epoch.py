@@ -15,8 +15,9 @@ from rekindle.train.finetune.config import (
     LEAST_STEPS,
     ComparisonFinetuneConfig,
     FinetuneConfig,
+    plan_steps,
 )
-from rekindle.train.finetune.run import finetune, plan_steps
+from rekindle.train.finetune.run import finetune
 
 
 @given(st.integers(1, 200_000), st.integers(1, 128))

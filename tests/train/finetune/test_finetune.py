@@ -20,15 +20,10 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.answers.score import evaluate
 from rekindle.train.finetune import run as module
-from rekindle.train.finetune.encoded import EncodedTexts, collate, encode
+from rekindle.train.finetune.config import FinetuneConfig, learning_rate_factor, plan_steps
+from rekindle.train.finetune.encoded import EncodedTexts, collate, encode, epoch_batches
 from rekindle.train.finetune.result import EarlierResult
-from rekindle.train.finetune.run import (
-    FinetuneConfig,
-    epoch_batches,
-    finetune,
-    learning_rate_factor,
-    plan_steps,
-)
+from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.optimizer import adamw
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.pipeline.job_functions import FineTuning, search
 from rekindle.pipeline.processes.jobs import Report
+from rekindle.train.export.card import CARD_FILE
 from rekindle.train.finetune import run as module
 from rekindle.train.finetune import seeds as seeds_module
 from rekindle.train.finetune.config import FinetuneConfig
@@ -133,7 +134,7 @@ def left(out, about, planned, scores, error=None, every=False):
             )
         if error:
             raise error
-        seeds.publish(out, lambda made, ones: None)
+        seeds.publish(out, lambda made, place, results: None)
     return missing
 
 
@@ -186,7 +187,7 @@ def test_every_seeds_model_is_an_experts_folder_and_a_kill_costs_none(
     """Killed in its second seed, and then while the result is put together."""
     out, alone = tmp_path / "out", tmp_path / "alone"
     config = FinetuneConfig(epochs=1, batch_size=12, learning_rate=1e-2)
-    given = {"seeds": 2, "first_seed": 1, "step": 2, "config": config}
+    given = {"seeds": 2, "first_seed": 1, "seed_stride": 2, "config": config}
     with monkeypatch.context() as patch:
         ending_in_seed(patch, 2, KeyboardInterrupt())
         with pytest.raises(Interrupted):
@@ -207,6 +208,15 @@ def test_every_seeds_model_is_an_experts_folder_and_a_kill_costs_none(
         same = all((weights[0][name] == weights[1][name]).all() for name in weights[0])
         assert same == (seed == best)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_every_seeds_card_names_its_own_folder(bert, files, tmp_path, seeds):
+    """With one seed too: its folder has the same model as the result, but is another one."""
+    out, config = tmp_path / "out", FinetuneConfig(epochs=1, batch_size=12)
+    finetune(bert, *files, str(out), seeds=seeds, config=config, keep_every=True)
+    for folder in (out, *(seed_folder(out, seed) for seed in range(seeds))):
+        assert f'model="{folder}")' in (folder / CARD_FILE).read_text()
 
 
 def test_an_error_keeps_what_is_finished_and_says_so(tmp_path, caplog):
@@ -254,11 +264,11 @@ def test_seeds_of_an_older_version_go_on_with_the_adamw_that_it_had(tmp_path):
 
 
 def test_adamw_has_the_betas_and_eps_of_the_settings(bert, files, tmp_path, monkeypatch):
-    def stop(parameters, *given):
-        raise InputError(str(given))
+    def stop(parameters, *rates, **options):
+        raise InputError(f"{rates} {options}")
 
     monkeypatch.setattr(module, "adamw", stop)
-    with pytest.raises(InputError, match=r"\(0.01, 0.01, \(0.5, 0.9\), 1e-06\)"):
+    with pytest.raises(InputError, match=r"\(0.01, 0.01\) {'betas': \(0.5, 0.9\), 'eps': 1e-06}"):
         tune(bert, files, tmp_path / "out", betas=(0.5, 0.9), eps=1e-6)
 
 

@@ -164,7 +164,7 @@ def test_the_first_token_that_stands_for_a_word_speaks_for_it(request, name, wor
     directory = request.getfixturevalue(name)
     ours = load_tokenizer(str(directory))
     found = encode_words(ours, [words], limit)
-    (ids,), (places,) = found.ids, found.places
+    (ids,), (positions,) = found.ids, found.positions
     text = " ".join(words)
     theirs = ours.hf(
         text, return_offsets_mapping=True, split_special_tokens=True, verbose=False,
@@ -175,11 +175,11 @@ def test_the_first_token_that_stands_for_a_word_speaks_for_it(request, name, wor
     assert len(ids) == kept + len(ours.prefix) + len(ours.suffix)
     assert found.lengths.tolist() == [len(theirs["input_ids"])]
     begin, cut, empty = 0, 0, 0
-    for word, place in zip(words, places, strict=True):
+    for word, position in zip(words, positions, strict=True):
         first = next((begin + n for n, letter in enumerate(word) if not letter.isspace()), None)
         cover = [n for n, (a, b) in enumerate(spans) if first is not None and a <= first < b]
         expected = cover[0] + len(ours.prefix) if cover and cover[0] < kept else -1
-        assert place == expected
+        assert position == expected
         empty += not cover
         cut += bool(cover) and expected < 0
         begin += len(word) + 1
@@ -194,7 +194,7 @@ def test_of_wordpiece_that_is_the_first_piece_as_transformers_aligns_words(wordp
     theirs = ours.hf(words, is_split_into_words=True)
     found = encode_words(ours, [words], 512)
     assert found.ids[0].tolist() == theirs["input_ids"]
-    assert found.places[0].tolist() == [theirs.word_ids().index(n) for n in range(len(words))]
+    assert found.positions[0].tolist() == [theirs.word_ids().index(n) for n in range(len(words))]
 
 
 # ---- an expert -----------------------------------------------------------------------------------
