@@ -129,7 +129,7 @@ def test_without_a_search_nothing_is_searched(config, tasks, tmp_path):
 
 
 def test_students_differ_in_who_teaches_them_and_in_masked_lm_alone(config, tasks, tmp_path):
-    learned = {name: (one.tasks, one.masked) for name, one in students_of(config).items()}
+    learned = {name: (one.tasks, one.learns_masked_lm) for name, one in students_of(config).items()}
     assert learned == {
         "mixture": (("colour", "alike"), True),
         "both-colour": (("colour",), True),

@@ -194,13 +194,13 @@ class Noted:
 
 def test_batches_that_were_sent_ahead_teach_the_same(masked_world, whole, tmp_path, monkeypatch):
     """And every copy that is sent is what the loss takes: none is made again."""
-    copies, real, taken = Noted(), SentArray.there, Counter()
+    copies, real, taken = Noted(), SentArray.copy_on_device, Counter()
 
-    def there(array):
+    def copy_on_device(array):
         taken[id(array)] += array.sent is not None
         return real(array)
 
-    monkeypatch.setattr(SentArray, "there", there)
+    monkeypatch.setattr(SentArray, "copy_on_device", copy_on_device)
     monkeypatch.setattr(
         prepare,
         "BatchPreparer",
