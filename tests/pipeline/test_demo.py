@@ -61,7 +61,7 @@ def test_the_configurations_are_files_that_the_commands_read(
     assert load_config(tmp_path / "start.yaml") == start
     assert load_cycle(tmp_path / "cycle.yaml") == whole
     # The text is tokenized once, and all teachers are in one cache.
-    assert (start.corpus, start.cache.path) == (whole.text_of(""), whole.cache.path)
+    assert (start.corpus, start.cache.path) == (whole.corpus_of(""), whole.cache.path)
     assert [teacher.name for teacher in start.teachers] == ["base-lm"]
     # Guidance is held against all that could explain a gain without it.
     assert whole.primary is not None
