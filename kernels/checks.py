@@ -24,7 +24,7 @@ LossTargets = EncodedTargets | DecodedTargets | WholeTargets  # targets that car
 
 # A row's probabilities may sum to 1 + SUM_TOLERANCE: rounding sixty of them to bfloat16 adds less.
 SUM_TOLERANCE = 0.01
-ROUNDING = 1e-5  # a tail between -ROUNDING and 0 comes of rounding 1 - sum in float32
+TAIL_ROUNDING = 1e-5  # a tail between -TAIL_ROUNDING and 0 comes of rounding 1 - sum in float32
 FLOAT32_MAX = torch.finfo(torch.float32).max
 MAX_LIST_SIZE = 1024  # up to this many numbers are checked as Python lists
 
@@ -384,7 +384,7 @@ def _check_labels(targets: SparseTargets, vocabulary: int, ignore_index: int) ->
 
 def _clamp_advice(tail: float) -> str:
     """Return what to do about a tail that only rounding can have made negative."""
-    if not -ROUNDING < tail < 0:
+    if not -TAIL_ROUNDING < tail < 0:
         return ""
     return ". One computed as 1 - probs.sum(1) is rounded: add .clamp(min=0)"
 

@@ -38,7 +38,7 @@ from rekindle.data.storage.shards import ShardSet
 from rekindle.data.targets.head import HEAD_FILES, read_head
 from rekindle.data.targets.kinds.registry import KINDS, kind_of
 from rekindle.data.targets.reading.files import has_files, read_parts
-from rekindle.data.targets.reading.reader import FINISHED_FILE
+from rekindle.data.targets.reading.part import COMPLETE_FILE
 from rekindle.data.targets.schema import TEACHER_NAME, TeacherInfo, TeacherName
 
 log = logging.getLogger("rekindle")
@@ -282,7 +282,7 @@ def _copy_part(store: Store, change: Change, info: TeacherInfo, done: Done) -> N
     target.create(f"{new.folder}/teacher.json", seal(new.model_dump(mode="json")))
     if change.action == "rename":
         names = store.names(info.folder)
-        for name in [*HEAD_FILES, FINISHED_FILE]:
+        for name in [*HEAD_FILES, COMPLETE_FILE]:
             if name in names:
                 store.create(f"{new.folder}/{name}", store.read_bytes(f"{info.folder}/{name}"))
         if {*HEAD_FILES} <= {*names}:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from rekindle.data.cache import Cache
 from rekindle.data.journal import journal_in
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.reading.reader import Part, TeacherReader
+from rekindle.data.targets.reading.part import Part
+from rekindle.data.targets.reading.reader import TeacherReader
 
 
 @dataclass(frozen=True)

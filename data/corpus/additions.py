@@ -1,4 +1,4 @@
-"""The additions by which a corpus grew; no text is read here, no shard written.
+"""Which additions a corpus consists of: read, compared with a configuration, and recorded.
 
 ``corpus/corpus.json`` describes what a corpus was begun with. A longer corpus (a larger
 ``limit_sequences``, further source files after those that were read) is an addition to it,
@@ -8,9 +8,9 @@ when each was complete.
 
 A description has the size and a checksum of samples of every source file, by its path at the time
 (``sources``), the ``order`` in which they and other sources were read, and the ``contents`` of
-those whose records are not texts. An end has the number of ``bad_records`` that were left out, by
-kind, and of records that ``held`` a text of a test. What a file of an
-older version lacks is taken to be what that version did.
+those whose records are not texts. An end counts the ``bad_records`` that were left out, by kind,
+and ``held``: records left out because they contain a test's text. A missing key means the behaviour
+of the version that wrote the file. No text is read here, and no shard written.
 """
 
 import logging
@@ -77,7 +77,7 @@ class Addition:
     generated: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     origins: tuple[Origin, ...] = field(default=(), compare=False)
 
-    def ends_at(self, following: Sequence["Addition"]) -> int | None:
+    def end_sequence(self, following: Sequence["Addition"]) -> int | None:
         """Return the sequences in the corpus at this addition's end, if known."""
         if following:
             return following[0].first_sequence
@@ -136,8 +136,7 @@ def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]
         addition = Addition(
             number, config, sources, order, shards, sequences, ended_at, bad_records, held
         )
-        addition = replace(addition, contents=contents, generated=generated)
-        additions.append(addition)
+        additions.append(replace(addition, contents=contents, generated=generated))
     raise AssertionError  # count() does not end
 
 
@@ -169,7 +168,7 @@ def _check_tokenizer(facts: TokenizerFacts) -> None:
         raise ValueError
 
 
-def claim_addition(
+def resolve_addition(
     store: Store,
     info: CorpusInfo,
     config: CorpusConfig,
@@ -177,10 +176,10 @@ def claim_addition(
 ) -> Addition:
     """Return the addition that ``config`` belongs to: the last one, or a new one that extends it.
 
-    A new one is returned without a record; ``describe_addition`` writes it. ``grown()`` counts the
-    shards and sequences there are, after which the new one begins, or raises CacheMismatchError.
-    Raises CacheMismatchError if the cache holds a corpus of another configuration or the source was
-    changed.
+    A new one is returned without a record; ``record_addition`` writes it. ``count_existing()``
+    returns the shards and sequences there are, after which the new one begins; it raises
+    CacheMismatchError if a shard is missing. This raises CacheMismatchError, too, if the cache
+    holds a corpus of another configuration or the source was changed.
     """
     additions, tokenizer = read_additions(store)
     if not additions:
@@ -251,7 +250,7 @@ def _with_contents(
     return replace(addition, origins=origins, **known)  # type: ignore[arg-type]
 
 
-def describe_addition(store: Store, addition: Addition, tokenizer: TokenizerFacts) -> None:
+def record_addition(store: Store, addition: Addition, tokenizer: TokenizerFacts) -> None:
     """Record an addition, if it is not recorded yet; this ends the one before it."""
     body: dict[str, object] = {"config": addition.config, "sources": addition.sources}
     body["order"] = list(addition.order)
@@ -266,9 +265,9 @@ def describe_addition(store: Store, addition: Addition, tokenizer: TokenizerFact
         body["tokenizer"] = tokenizer
     if store.create(info_name(addition.number), seal(body)):
         return
-    additions, present = read_additions(store)
+    additions, recorded_tokenizer = read_additions(store)
     same = addition.number < len(additions) and additions[addition.number].config == addition.config
-    if not same or present != tokenizer:
+    if not same or recorded_tokenizer != tokenizer:
         raise _made_differently(store, "another process began it meanwhile")
 
 
@@ -285,20 +284,20 @@ def complete_addition(
 
 
 def count_left_out(
-    left_out: LeftOut, committed: Commits, ends_at: int | None
+    left_out: LeftOut, committed: Commits, end_sequence: int | None
 ) -> tuple[dict[str, int], HeldCounts]:
     """Return how many records were left out before the corpus's end: bad ones, by kind, and those
     that hold a text of a test.
     """
-    last = last_document(committed, ends_at)
+    last = last_document(committed, end_sequence)
     return left_out.counts(last), left_out.held(last)
 
 
-def last_document(commits: Commits, ends_at: int | None) -> int | None:
-    """Return the index of the last document in a corpus that is cut after ``ends_at`` sequences
-    (reading goes beyond the cut); None if the source ends first, -1 if no document is in it.
+def last_document(commits: Commits, end_sequence: int | None) -> int | None:
+    """Return the index of the last document in a corpus that ends after ``end_sequence`` sequences
+    (reading goes beyond that); None if the source ends first, -1 if no document is in it.
     """
-    if ends_at is None or commits.rows.sum() < ends_at:
+    if end_sequence is None or commits.rows.sum() < end_sequence:
         return None
     if not commits:
         return -1
@@ -326,7 +325,7 @@ def is_same_source(store: Store, source: Sequence[str | Entry]) -> bool:
     last = additions[-1]
     try:
         present = _present_or_none(source, last)
-        if present is None:
+        if present is None:  # the places equal the recorded ones, and no longer exist
             return True
         return not match_recorded(last.order, last.sources, present, last.contents)[1]
     except (InputError, CacheMismatchError):
@@ -357,7 +356,7 @@ def _made_differently(store: Store, difference: str) -> CacheMismatchError:
     )
 
 
-def empty_corpus(config: CorpusConfig, left_out: LeftOut) -> InputError:
+def empty_corpus_error(config: CorpusConfig, left_out: LeftOut) -> InputError:
     """Return the error for a source without a sequence."""
     usual = "give a source with at least one non-blank document, or the model's own tokenizer"
     if config.contents != {"text"}:

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.additions import (
     Addition,
-    claim_addition,
     complete_addition,
     count_left_out,
-    describe_addition,
-    empty_corpus,
+    empty_corpus_error,
     info_name,
     read_additions,
+    record_addition,
+    resolve_addition,
     shard_metadata,
 )
 from rekindle.data.corpus.columns import (
@@ -91,11 +91,11 @@ class Corpus(RowReader):
         self.info: CorpusInfo = {"config": self.additions[-1].config, "tokenizer": tokenizer}
         self.units = self.shards.committed()
         self.commits = ShardCommits(self.units)
-        missing = len(self.commits)
-        if missing < max(len(self.units), self.additions[-1].shards or 0):
+        first_missing = len(self.commits)
+        if first_missing < max(len(self.units), self.additions[-1].shards or 0):
             raise CacheFormatError(
-                f"{store.location}/corpus lacks shard {missing}; run `pipeline cache-teachers` to "
-                "make it again"
+                f"{store.location}/corpus lacks shard {first_missing}; run `pipeline "
+                "cache-teachers` to make it again"
             )
         self._firsts = np.concatenate([[0], np.cumsum(self.units.rows)])
         self._open: dict[int, Shard] = {}
@@ -110,17 +110,17 @@ class Corpus(RowReader):
 
     @property
     def tokens(self) -> int:
-        """Return the tokens in all sequences, special tokens included."""
+        """Return how many tokens all sequences have, special tokens included."""
         return int(self.units.counts("tokens").sum())
 
     @property
     def trained_tokens(self) -> int:
-        """Return how many of them are trained."""
+        """Return how many tokens are trained."""
         return int(self.units.counts(TRAINED_FACTS[0]).sum()) if self.has_trained else self.tokens
 
     @property
     def documents(self) -> int:
-        """Return the texts of the source that its sequences come from, blank ones included."""
+        """Return how many documents its sequences come from, blank ones included."""
         if not self.commits:
             return 0
         reached = Position(*self.commits[-1].facts["next"])
@@ -160,9 +160,7 @@ class Corpus(RowReader):
 
     @property
     def fingerprints_before(self) -> Iterator[str]:
-        """Yield the identities of the first shards, one shard more at a time: all earlier states of
-        the corpus.
-        """
+        """Yield the identity of every earlier state of the corpus: of its first shards."""
         state = hashlib.sha256()
         for digest in self.units.sha256s[:-1]:
             state.update(digest.encode())
@@ -252,7 +250,7 @@ class Corpus(RowReader):
 
     @property
     def full(self) -> float | None:
-        """Return the share of such rows that is not padding; None for other rows."""
+        """Return the share of a packed corpus's places that hold tokens; None if not packed."""
         places = len(self) * self.info["config"]["sequence_length"]
         return self.tokens / places if self.is_packed and places else None
 
@@ -299,7 +297,7 @@ def build_corpus(
     info = describe_corpus(config, tokenizer, sequences_per_shard, held)
     shards = ShardSet(store, "corpus")
     committed = shards.committed()
-    last = claim_addition(store, info, config, lambda: _corpus_size(store, committed))
+    last = resolve_addition(store, info, config, lambda: _corpus_size(store, committed))
     raise_version(store, version_of(info["config"]))
     recorded = read_additions(store)[0]
     additions = [*recorded[: last.number], last]
@@ -312,12 +310,12 @@ def build_corpus(
         if addition.shards is not None and count >= addition.shards:
             continue
         later_additions = additions[number + 1 :]
-        ends_at = addition.ends_at(later_additions)
+        end_sequence = addition.end_sequence(later_additions)
         source = last.origins[: len(addition.order)] or config.entries
         left_out = LeftOut(config.on_bad_record == "skip", held)
         forms = forms_of(config, tokenizer)
         new_shards = _make_missing_shards(
-            committed, tokenizer, addition, ends_at, source, forms, left_out, in_order
+            committed, tokenizer, addition, end_sequence, source, forms, left_out, in_order
         )
         for shard, rows, name_count in new_shards:
             count = shard + 1
@@ -331,18 +329,19 @@ def build_corpus(
             committed.add(commit)
             progress(len(rows), commit.count("tokens"))
         if not count and not later_additions:
-            raise empty_corpus(config, left_out)
+            raise empty_corpus_error(config, left_out)
         claim_once()
         if tell:
             left_out.log_first()
-        complete_addition(store, addition, count, *count_left_out(left_out, committed, ends_at))
+        left_out_counts = count_left_out(left_out, committed, end_sequence)
+        complete_addition(store, addition, count, *left_out_counts)
     return Corpus(store)
 
 
 def _describe(store: Store, additions: Sequence[Addition], tokenizer: Tokenizer) -> None:
     """Record what the corpus is, as far as missing, and the tokenizer beside it."""
     for addition in additions:
-        describe_addition(store, addition, tokenizer_facts(tokenizer))
+        record_addition(store, addition, tokenizer_facts(tokenizer))
     save_tokenizer(store, tokenizer)
 
 
@@ -361,7 +360,7 @@ def _make_missing_shards(
     committed: Commits,
     tokenizer: Tokenizer,
     addition: Addition,
-    ends_at: int | None,
+    end_sequence: int | None,
     source: Sequence[Entry | Origin],
     forms: Mapping[str, Form],
     left_out: LeftOut,
@@ -370,7 +369,7 @@ def _make_missing_shards(
     """Yield (shard number, its sequences, how many documents that begin in it hold names of special
     tokens) from the first missing shard on.
 
-    ``ends_at``: how many sequences the corpus has at the addition's end.
+    ``end_sequence``: how many sequences the corpus has at the addition's end.
     """
     shard = max(committed.contiguous, addition.first_shard)
     start = Position(*committed[unit_of(shard - 1)].facts["next"]) if shard else Position(0, 0)
@@ -388,8 +387,8 @@ def _make_missing_shards(
     )
     making = Making(origins_of(source), maker, left_out, in_order, start)
     remaining = None
-    if ends_at is not None:
-        remaining = ends_at - int(committed.rows[:shard].sum())
+    if end_sequence is not None:
+        remaining = end_sequence - int(committed.rows[:shard].sum())
         if not remaining:
             if left_out.skips_bad or left_out.held_texts:
                 making.read_on()

@@ -154,7 +154,7 @@ class Making:
             parts = self._from_start(parts)
         with closing(self.in_order(partial(_identity, self.maker), parts)) as results:
             for made in results:
-                index = self.left_out.documents
+                index = self.left_out.kept_documents
                 self.holders.extend(index + holder for holder in made.holders)
                 self._count(made)
                 assert made.result is not None
@@ -177,7 +177,7 @@ class Making:
         load = partial(_identity, _Counter(self.maker.reader))
         with closing(self.in_order(load, recorded_parts())) as results:
             for made in results:
-                if self.left_out.documents + made.documents > self.start.document_index:
+                if self.left_out.kept_documents + made.documents > self.start.document_index:
                     break
                 pending.popleft()
                 self._count(made)

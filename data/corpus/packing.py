@@ -179,7 +179,8 @@ def next_fit(lengths: Sequence[int], room: int, keys: Sequence[object]) -> list[
 
 
 def default_shard_size(sequences: int | None) -> int:
-    """Return how many sequences a shard has in a new corpus of about that many; MOST if unknown.
+    """Return how many sequences a shard has in a new corpus of about that many; MAX_SHARD_SIZE if
+    unknown.
 
     A shard is the unit of work, and of what a kill loses: a small corpus has small shards.
     """

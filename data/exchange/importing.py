@@ -1,4 +1,4 @@
-"""Write targets that were made elsewhere as a teacher of a cache, unit by unit, like stage 1.
+"""Write targets that were made elsewhere into a cache, as the targets of a teacher, unit by unit.
 
 Each row is checked against its sequence before anything of it is kept. A unit is committed as soon
 as all its sequences have arrived; after a kill the same rows complete the rest, and rows of
@@ -21,8 +21,8 @@ from rekindle.data.exchange.config import ImportConfig
 from rekindle.data.exchange.expected import expected_positions, may_have_targets, view_name
 from rekindle.data.exchange.label_rows import LabelRows
 from rekindle.data.exchange.logprobs import expand_row
-from rekindle.data.exchange.rows import Place, Row, check_shown, place_of, tokens_of
-from rekindle.data.exchange.token_rows import TokenRows
+from rekindle.data.exchange.rows import Row, SequencePlace, check_shown, place_of, tokens_of
+from rekindle.data.exchange.token_rows import TopKRows
 from rekindle.data.exchange.vector_rows import VectorRows
 from rekindle.data.inventory import info_from_shards, is_imported, roll_up_records
 from rekindle.data.journal import adding
@@ -43,7 +43,7 @@ from rekindle.data.writing import check_name, claim_teacher, write_targets
 
 log = logging.getLogger("rekindle")
 
-Reader = TokenRows | LabelRows | VectorRows
+RowParser = TopKRows | LabelRows | VectorRows
 
 OPEN_UNITS = 4  # units whose expected positions are held
 
@@ -92,13 +92,14 @@ def import_targets(
             "one text. Import them into a cache with packing: document"
         )
     with adding(corpus.store) as is_alone:
-        job = _Import(corpus, config, is_alone is not False)
+        may_repair = is_alone is not False  # None: the store cannot tell, which counts as alone
+        job = _Import(corpus, config, may_repair)
         for name, row in rows:
             with naming(name):
                 job.take(name, row)
             progress(1)
         result = job.finish()
-        if is_alone is not False:  # no other process removes records meanwhile
+        if may_repair:  # no other process removes records meanwhile
             roll_up_records(corpus.store)
         return result
 
@@ -112,39 +113,39 @@ def numbered(rows: Iterable[Row], source: str = "rows") -> Iterator[tuple[str, R
 class _Import:
     """An unfinished import: its rows so far, by unit."""
 
-    def __init__(self, corpus: Corpus, config: ImportConfig, is_alone: bool):
+    def __init__(self, corpus: Corpus, config: ImportConfig, may_repair: bool):
         self.corpus, self.config = corpus, config
         self.view_name = view_name(corpus, config)
         self.view: ViewReader | None = shown_view(corpus, self.view_name)
         is_masked = view_kind(self.view_name).masked
         self.replicas = self.view.replicas if is_masked and self.view else None
-        repaired = _forget_damaged(corpus, config.name) if is_alone else 0
+        repaired = _forget_damaged(corpus, config.name) if may_repair else 0
         if is_described(corpus.store, config.name):
             self.existing: TeacherInfo | None = read_teacher(corpus.store, config.name)
         else:  # its description may have been lost
             self.existing = info_from_shards(corpus.store, config.name)
-        self.reader: Reader | None = None
+        self.parser: RowParser | None = None
         self.waiting: list[tuple[str, Row]] = []  # rows before the first that has a position
         self.pending: dict[UnitPlace, dict[int, Columns]] = {}
         self.arrived: dict[UnitPlace, NDArray[np.bool_]] = {}  # the sequences that have arrived
         self.expected: OrderedDict[UnitPlace, list[NDArray[np.int64]]] = OrderedDict()
         self.stored: TeacherReader | None = None
-        self.done_units: set[str] = set()
+        self.finished_units: set[str] = set()
         self.counts = {"rows": 0, "positions": 0, "made": 0, "repaired": repaired}
         if config.task not in (*VOCABULARY_TASKS, "embedding"):
             self._begin(LabelRows.begin(corpus, config, self.view_name))
 
     # --- the first row decides what all have ------------------------------------------------------
 
-    def _begin(self, reader: Reader) -> None:
-        self.reader = reader
-        self.done_units = {*ShardSet(self.corpus.store, reader.info.folder).committed()}
-        check_name(self.corpus, self.existing, reader.info)
-        if self.done_units:
-            claim_teacher(self.corpus, reader.info)  # unless its description is there
-            self.stored = self._reader_of(reader.info)
+    def _begin(self, parser: RowParser) -> None:
+        self.parser = parser
+        self.finished_units = {*ShardSet(self.corpus.store, parser.info.folder).committed()}
+        check_name(self.corpus, self.existing, parser.info)
+        if self.finished_units:
+            claim_teacher(self.corpus, parser.info)  # unless its description is there
+            self.stored = self._stored_reader(parser.info)
 
-    def _reader_of(self, info: TeacherInfo) -> TeacherReader:
+    def _stored_reader(self, info: TeacherInfo) -> TeacherReader:
         """Return a reader of the units that are there now."""
         return TeacherReader(self.corpus, [info], self.view)
 
@@ -152,20 +153,20 @@ class _Import:
         """Take one row; commit the unit that it completes."""
         if not isinstance(row, Mapping):
             raise InputError(f"must be a mapping of fields (given: a {type(row).__name__})")
-        if self.reader is None and self.config.task == "embedding":
+        if self.parser is None and self.config.task == "embedding":
             self._begin(VectorRows.begin(self.corpus, self.config, self.view_name, row))
-        if self.reader is None:
+        if self.parser is None:
             place = place_of(row, self.corpus, self.replicas)
             known = self.existing.k if self.existing else None
             tokens = tokens_of(self.corpus, (place.shard, place.row))
             expanded = expand_row(row, tokens, self.config.task)
             k = self.config.k or known
             view = (self.view_name, self._target_share)
-            reader = TokenRows.begin(self.corpus, self.config, view, k, expanded)
-            if reader is None:
+            parser = TopKRows.begin(self.corpus, self.config, view, k, expanded)
+            if parser is None:
                 self.waiting.append((name, row))
                 return
-            self._begin(reader)
+            self._begin(parser)
             waiting, self.waiting = self.waiting, []
             for earlier_name, earlier_row in waiting:
                 with naming(earlier_name):
@@ -175,21 +176,21 @@ class _Import:
     # --- every row --------------------------------------------------------------------------------
 
     def _take(self, row: Row) -> None:
-        assert self.reader is not None
+        assert self.parser is not None
         place = place_of(row, self.corpus, self.replicas)
         unit = (place.shard, place.replica)
         arrived = self._arrived(unit)
         if arrived[place.row]:
             self._raise_not_needed(place)
         tokens = tokens_of(self.corpus, (place.shard, place.row))
-        if self.reader.info.is_vocabulary:
+        if self.parser.info.is_vocabulary:
             check_shown(row, self._shown_ids(place, tokens), place)
         expanded = expand_row(row, tokens, self.config.task)
-        columns = self.reader.columns(expanded, tokens, self._expected(unit)[place.row])
+        columns = self.parser.columns(expanded, tokens, self._expected(unit)[place.row])
         arrived[place.row] = True
         self.counts["rows"] += 1
         self.counts["positions"] += _length(columns)
-        if unit_of(*unit) in self.done_units:
+        if unit_of(*unit) in self.finished_units:
             self._compare(place, columns)
             return
         pending = self.pending.setdefault(unit, {})
@@ -209,7 +210,7 @@ class _Import:
             self.arrived[unit] = ~may_have_targets(self.corpus, self.view, unit[0])
         return self.arrived[unit]
 
-    def _raise_not_needed(self, place: Place) -> None:
+    def _raise_not_needed(self, place: SequencePlace) -> None:
         if may_have_targets(self.corpus, self.view, place.shard)[place.row]:
             raise InputError(f"sequence {place.index} already had a row; give only one of the two")
         raise InputError(
@@ -220,23 +221,23 @@ class _Import:
     def _expected(self, unit: UnitPlace) -> list[NDArray[np.int64]]:
         """Return where each row of a unit has a target, or may have one."""
         if unit not in self.expected:
-            assert self.reader is not None
-            positions = expected_positions(self.corpus, self.reader.info, self.view, unit)
+            assert self.parser is not None
+            positions = expected_positions(self.corpus, self.parser.info, self.view, unit)
             self.expected[unit] = positions
             while len(self.expected) > OPEN_UNITS:
                 self.expected.popitem(last=False)
         return self.expected[unit]
 
-    def _shown_ids(self, place: Place, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+    def _shown_ids(self, place: SequencePlace, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
         """Return the tokens of a sequence as the model saw them."""
         if place.replica is None or self.view is None:
             return tokens
         places = [(place.shard, place.row)]
         return read_masked(self.view, places, tokens[None], place.replica).input_ids[0]
 
-    def _compare(self, place: Place, columns: Columns) -> None:
+    def _compare(self, place: SequencePlace, columns: Columns) -> None:
         """Compare a row's targets with those of a finished unit."""
-        assert self.reader is not None
+        assert self.parser is not None
         if self.stored is None:  # written by this import, which takes one row per sequence
             return
         lists, start, end = self.stored.cut((place.shard, place.row), place.replica)
@@ -248,19 +249,19 @@ class _Import:
                 f"sequence {place.index}: the cache has other targets of teacher "
                 f"{self.config.name!r} for it, and its unit is finished. Give the same rows as "
                 "when it was begun, import these under another name, or delete "
-                f"{self.reader.info.folder} to import again"
+                f"{self.parser.info.folder} to import again"
             )
 
     def _write(self, unit: UnitPlace) -> None:
-        assert self.reader is not None
-        if isinstance(self.reader, TokenRows):
-            self.reader.alignment.check()
-        info, pending = self.reader.info, self.pending.pop(unit)
-        self.done_units.add(unit_of(*unit))
+        assert self.parser is not None
+        if isinstance(self.parser, TopKRows):
+            self.parser.alignment.check()
+        info, pending = self.parser.info, self.pending.pop(unit)
+        self.finished_units.add(unit_of(*unit))
         if ShardSet(self.corpus.store, info.folder).has(unit_of(*unit)):  # another import was first
-            self.stored, first_index = self._reader_of(info), self.corpus.first(unit[0])
+            self.stored, first_index = self._stored_reader(info), self.corpus.first(unit[0])
             for row, columns in pending.items():
-                self._compare(Place(first_index + row, unit[0], row, unit[1]), columns)
+                self._compare(SequencePlace(first_index + row, unit[0], row, unit[1]), columns)
             return
         ordered = sorted(pending)
         counts = np.array([_length(pending[row]) for row in ordered], np.int64)
@@ -278,8 +279,8 @@ class _Import:
     # --- the end ----------------------------------------------------------------------------------
 
     def finish(self) -> ImportResult:
-        """Write units that may have holes; return what was done."""
-        if self.reader is None or not self.counts["rows"]:
+        """Write the units in which rows are missing; return what was done."""
+        if self.parser is None or not self.counts["rows"]:
             raise InputError(
                 "no row has a target, so there is nothing to import"
                 if self.waiting
@@ -289,20 +290,20 @@ class _Import:
         planned = [(s, r) for r in replicas for s in range(len(self.corpus.commits))]
         missing: list[tuple[int, int | None]] = []  # sequence, replica
         for unit in planned:
-            if unit_of(*unit) not in self.done_units:
+            if unit_of(*unit) not in self.finished_units:
                 missing_rows = np.flatnonzero(~self._arrived(unit))
                 if not len(missing_rows):  # none of its sequences can have a target
                     self.pending[unit] = {}
                 first_index = self.corpus.first(unit[0])
                 missing += [(first_index + int(row), unit[1]) for row in missing_rows]
         if missing and not self.config.allow_missing:
-            raise InputError(_describe_missing(missing, self.done_units))
+            raise InputError(_describe_missing(missing, self.finished_units))
         for unit in sorted(self.pending, key=lambda unit: (unit[1] or 0, unit[0])):
             self._write(unit)
         facts, notes = self.counts, self._notes(len(missing))
-        present = len(self.done_units & {unit_of(*unit) for unit in planned}) - facts["made"]
+        present = len(self.finished_units & {unit_of(*unit) for unit in planned}) - facts["made"]
         return ImportResult(
-            self.reader.info,
+            self.parser.info,
             facts["rows"],
             facts["positions"],
             facts["made"],
@@ -313,11 +314,11 @@ class _Import:
         )
 
     def _notes(self, missing: int) -> list[str]:
-        notes = self.reader.notes() if isinstance(self.reader, LabelRows | VectorRows) else []
-        if isinstance(self.reader, TokenRows):
-            info = self.reader.info
+        notes = self.parser.notes() if isinstance(self.parser, LabelRows | VectorRows) else []
+        if isinstance(self.parser, TopKRows):
+            info = self.parser.info
             lacks = info.imported.lacks if info.imported else ()
-            notes += self.reader.noticed.sentences(self.reader.k)
+            notes += self.parser.noticed.sentences(self.parser.k)
             if info.estimator["tail"] == "derived":
                 notes.append("tails are 1 minus the candidates, in float64 (no log_tail given)")
             if info.temperatures != (1.0,):
@@ -336,13 +337,14 @@ class _Import:
         return notes
 
 
-def _describe_missing(missing: list[tuple[int, int | None]], done_units: set[str]) -> str:
+def _describe_missing(missing: list[tuple[int, int | None]], finished_units: set[str]) -> str:
     sequences = [f"{n}" + ("" if r is None else f" (replica {r})") for n, r in missing[:5]]
     listed = ", ".join(sequences) + (", …" if len(missing) > 5 else "")
     return (
         f"{counted(len(missing), 'sequence')} of the cache without a row: {listed}. Complete units "
-        f"are kept ({counted(len(done_units), 'unit')}). Give the other rows too, with the same "
-        "command or another one, or allow that they are missing (allow_missing, --allow-missing)"
+        f"are kept ({counted(len(finished_units), 'unit')}). Give the other rows too, with the "
+        "same command or another one, or allow that they are missing (allow_missing, "
+        "--allow-missing)"
     )
 
 

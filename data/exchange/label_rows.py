@@ -11,7 +11,7 @@ from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, naming
 from rekindle.data.exchange.config import ImportConfig
 from rekindle.data.exchange.rows import Floats64, Row, check_keys, matrix, numbers, whole_numbers
-from rekindle.data.exchange.token_rows import ROUNDING
+from rekindle.data.exchange.token_rows import MASS_TOLERANCE
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.imported import Imported
 from rekindle.data.targets.schema import TeacherInfo
@@ -138,11 +138,11 @@ class LabelRows:
         """Return the logits that probabilities [N,C] belong to."""
         if self.info.problem == "regression":
             raise InputError("a regression has scores: give them as logits")
-        if ((probs < 0) | (probs > 1 + ROUNDING)).any():
+        if ((probs < 0) | (probs > 1 + MASS_TOLERANCE)).any():
             raise InputError("must lie between 0 and 1")
         is_multi_label = self.info.problem == "multi_label_classification"
         sums = probs.sum(axis=1)
-        wrong_sums = sums[np.abs(sums - 1) > ROUNDING]
+        wrong_sums = sums[np.abs(sums - 1) > MASS_TOLERANCE]
         if not is_multi_label and len(wrong_sums):
             raise InputError(
                 f"must sum to 1 (given: {wrong_sums[0]:.6g}); labels that do not exclude each "

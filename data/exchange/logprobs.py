@@ -16,22 +16,22 @@ from rekindle.data.errors import InputError
 from rekindle.data.exchange.rows import Row
 from rekindle.data.exchange.tails import temperature_of
 
-FIELD = "prompt_logprobs"
+PROMPT_LOGPROBS = "prompt_logprobs"
 GOLD_FIELDS = ("gold_log_probs", "gold_ranks")
 
 
 def expand_row(row: Row, tokens: NDArray[np.int32], task: str) -> Row:
     """Return ``row`` with an engine's ``prompt_logprobs`` replaced by the fields they stand for."""
-    if row.get(FIELD) is None:
+    if row.get(PROMPT_LOGPROBS) is None:
         return row
     if task != "causal_lm":
-        raise InputError(f"{FIELD} are for a causal_lm, but the task is {task}")
-    fields = fields_of_prompt(row[FIELD], tokens)
+        raise InputError(f"{PROMPT_LOGPROBS} are for a causal_lm, but the task is {task}")
+    fields = fields_of_prompt(row[PROMPT_LOGPROBS], tokens)
     if temperature_of(row) != 1:  # values of the true token are stored at 1
         fields = {name: value for name, value in fields.items() if name not in GOLD_FIELDS}
     if duplicates := [name for name in fields if row.get(name) is not None]:
-        raise InputError(f"it has both {FIELD} and {duplicates[0]}; leave one out")
-    return {name: value for name, value in row.items() if name != FIELD} | fields
+        raise InputError(f"it has both {PROMPT_LOGPROBS} and {duplicates[0]}; leave one out")
+    return {name: value for name, value in row.items() if name != PROMPT_LOGPROBS} | fields
 
 
 def fields_of_prompt(values: Any, input_ids: NDArray[np.int32]) -> dict[str, object]:
@@ -42,9 +42,9 @@ def fields_of_prompt(values: Any, input_ids: NDArray[np.int32]) -> dict[str, obj
     if len(entries) != len(input_ids) or (entries and entries[0] is not None):
         hint = "" if not entries or entries[0] is None else ", the first of which is not null"
         raise InputError(
-            f"{FIELD} must be one entry for each of the sequence's {len(input_ids)} tokens, null "
-            f"for the first (given: {len(entries)} entries{hint}). Give the engine the cache's "
-            "token ids, not the text, so that it adds nothing before or after them"
+            f"{PROMPT_LOGPROBS} must be one entry for each of the sequence's {len(input_ids)} "
+            f"tokens, null for the first (given: {len(entries)} entries{hint}). Give the engine "
+            "the cache's token ids, not the text, so that it adds nothing before or after them"
         )
     fields: dict[str, list[Any]] = {name: [] for name in ("ids", "log_probs", *GOLD_FIELDS)}
     for number, entry in enumerate(entries[1:], start=1):
@@ -52,8 +52,8 @@ def fields_of_prompt(values: Any, input_ids: NDArray[np.int32]) -> dict[str, obj
         gold = int(input_ids[number])
         if gold not in ids:
             raise InputError(
-                f"{FIELD}: entry {number} lacks the prompt's own token, which is {gold} in the "
-                "cache: these belong to another prompt, or to another tokenizer"
+                f"{PROMPT_LOGPROBS}: entry {number} lacks the prompt's own token, which is {gold} "
+                "in the cache: these belong to another prompt, or to another tokenizer"
             )
         slot = ids.index(gold)
         fields["ids"].append(ids)
@@ -67,7 +67,7 @@ def fields_of_prompt(values: Any, input_ids: NDArray[np.int32]) -> dict[str, obj
 
 def _entry_values(entry: Any, number: int) -> tuple[list[int], list[float], list[int | None]]:
     """Return the ids of an entry, their log-probabilities, and their ranks from 0."""
-    message = f"{FIELD}: entry {number} must be an object: token id -> {{logprob, rank}}"
+    message = f"{PROMPT_LOGPROBS}: entry {number} must be an object: token id -> {{logprob, rank}}"
     if not isinstance(entry, Mapping):
         raise InputError(message)
     ids, log_probs, ranks = [], [], []

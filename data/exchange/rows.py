@@ -31,7 +31,7 @@ KEY_FIELDS = ("index", "digest", "input_ids", "replica")
 
 
 @dataclass(frozen=True)
-class Place:
+class SequencePlace:
     """Where a row belongs."""
 
     index: int  # the sequence's number in the corpus
@@ -40,7 +40,7 @@ class Place:
     replica: int | None
 
 
-def place_of(row: Row, corpus: Corpus, replicas: int | None) -> Place:
+def place_of(row: Row, corpus: Corpus, replicas: int | None) -> SequencePlace:
     """Return the sequence that ``row`` belongs to; raise InputError unless the row proves it.
 
     ``replicas``: the number of replicas of a masked view, whose rows name theirs; None without
@@ -72,10 +72,10 @@ def place_of(row: Row, corpus: Corpus, replicas: int | None) -> Place:
             "it has a replica, but this teacher sees no masks. Rows of a masked LM need its task "
             "(task, --task masked_lm); otherwise leave the replica out"
         )
-    return Place(index, *place, replica)
+    return SequencePlace(index, *place, replica)
 
 
-def check_shown(row: Row, expected_ids: NDArray[np.int32], place: Place) -> None:
+def check_shown(row: Row, expected_ids: NDArray[np.int32], place: SequencePlace) -> None:
     """Raise InputError if ``shown_ids`` are not the tokens [S] that the model was shown, or nothing
     proves which masks it saw.
     """

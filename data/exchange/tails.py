@@ -19,7 +19,9 @@ from rekindle.data.targets.codec import RANGE
 
 TEMPERATURE, TAIL, FURTHER_TAILS = "temperature", "log_tail", "log_tails"
 MAX_TEMPERATURE = 1000.0
-TOLERANCE = 0.25  # nats between two statements of the same value: more than any codec's rounding
+CODEC_TOLERANCE = (
+    0.25  # nats between two statements of the same value: more than any codec's rounding
+)
 
 
 def temperature_of(row: Row) -> float:
@@ -122,7 +124,7 @@ def further_odds(
     return np.stack(odds, axis=1)
 
 
-def convert_to_one(log_probs: Floats64, temperature: float, odds: Floats64 | None) -> Floats64:
+def at_temperature_one(log_probs: Floats64, temperature: float, odds: Floats64 | None) -> Floats64:
     """Return ``log_probs`` [P,K] at ``temperature``, by falling probability, converted to 1.
 
     ``odds`` [P]: log(kept mass / tail) at 1; if None, unknown, and the result is over the
@@ -171,9 +173,11 @@ def _contradicts(
     is_judged = is_finite.all(axis=1) & (np.abs(odds) < RANGE - 0.1).all(axis=1)
     sums = np.where(is_judged[:, None], sums, 0.0)
     step_sizes = np.diff(betas)
-    falls_too_little = (np.diff(sums, axis=1) > last[:, None] * step_sizes + TOLERANCE).any(axis=1)
+    falls_too_little = (np.diff(sums, axis=1) > last[:, None] * step_sizes + CODEC_TOLERANCE).any(
+        axis=1
+    )
     fraction = step_sizes[:-1] / (step_sizes[:-1] + step_sizes[1:])
     chord = sums[:, :-2] + fraction * (sums[:, 2:] - sums[:, :-2])
-    is_not_convex = (sums[:, 1:-1] > chord + TOLERANCE).any(axis=1)
+    is_not_convex = (sums[:, 1:-1] > chord + CODEC_TOLERANCE).any(axis=1)
     result: NDArray[np.bool_] = is_partly_finite | (is_judged & (falls_too_little | is_not_convex))
     return result

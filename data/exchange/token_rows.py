@@ -17,7 +17,7 @@ from rekindle.data.errors import InputError, naming
 from rekindle.data.exchange.alignment import Alignment
 from rekindle.data.exchange.config import ImportConfig
 from rekindle.data.exchange.expected import keep_trained
-from rekindle.data.exchange.logprobs import FIELD, GOLD_FIELDS
+from rekindle.data.exchange.logprobs import GOLD_FIELDS, PROMPT_LOGPROBS
 from rekindle.data.exchange.noticed import Noticed
 from rekindle.data.exchange.rows import (
     Floats64,
@@ -29,12 +29,12 @@ from rekindle.data.exchange.rows import (
     whole_numbers,
 )
 from rekindle.data.exchange.tails import (
+    CODEC_TOLERANCE,
     FURTHER_TAILS,
     TAIL,
     TEMPERATURE,
-    TOLERANCE,
+    at_temperature_one,
     check_same_tails,
-    convert_to_one,
     further_odds,
     further_tails,
     temperature_of,
@@ -46,11 +46,12 @@ from rekindle.data.targets.imported import Imported, Scalar
 from rekindle.data.targets.kinds.topk import TopK
 from rekindle.data.targets.schema import TeacherInfo, rank_dtype
 
-ROUNDING = 0.01  # a position's masses may sum to this much more than 1
+MASS_TOLERANCE = 0.01  # how far a position's masses may sum from 1
+NATS_TOLERANCE = 0.01  # how far a value in nats may lie outside its range
 CANDIDATE_FIELDS = ("positions", "ids", "log_probs")
 OPTIONAL_FIELDS = (TAIL, *GOLD_FIELDS, "entropy")
-FIELDS = (*CANDIDATE_FIELDS, TEMPERATURE, *OPTIONAL_FIELDS, FURTHER_TAILS, FIELD)
-SCALAR_OF: dict[Scalar, str] = {  # column -> field
+FIELDS = (*CANDIDATE_FIELDS, TEMPERATURE, *OPTIONAL_FIELDS, FURTHER_TAILS, PROMPT_LOGPROBS)
+FIELD_OF_SCALAR: dict[Scalar, str] = {  # column -> field
     "gold_log_prob": "gold_log_probs",
     "gold_rank": "gold_ranks",
     "entropy": "entropy",
@@ -58,7 +59,7 @@ SCALAR_OF: dict[Scalar, str] = {  # column -> field
 
 
 @dataclass
-class TokenRows:
+class TopKRows:
     """Reads the rows of one vocabulary teacher, which all have the same ``optional`` fields, the
     same ``temperature``, and tails at the same ``further`` ones.
     """
@@ -82,10 +83,9 @@ class TokenRows:
         view: tuple[str, float],
         k: int | None,
         row: Row,
-    ) -> "TokenRows | None":
-        """Return a reader for the teacher of ``config`` with rows like ``row``; None if it has no
-        position and ``k`` is unknown. ``view``: its name, and about which share of a sequence's
-        tokens has a target.
+    ) -> "TopKRows | None":
+        """Return the parser of rows like ``row``; None if that has no position and ``k`` is
+        unknown. ``view``: its name, and about which share of a sequence's tokens has a target.
         """
         check_keys(row, FIELDS)
         if k is None:
@@ -97,15 +97,15 @@ class TokenRows:
             if k < 1:
                 raise InputError("ids: a position has no candidates")
         facts, optional = corpus.info["tokenizer"], optional_of(row)
-        tokens = facts["size"] - len(hole_ids(facts))
+        token_count = facts["size"] - len(hole_ids(facts))
         temperature, further = temperature_of(row), tuple(further_tails(row))
         stored = tuple(sorted({temperature, *further}))
-        target_fields = TopK.settings(k, stored, config.codec, facts["size"], None, tokens)
+        target_fields = TopK.settings(k, stored, config.codec, facts["size"], None, token_count)
         target_fields["estimator"] = {
             **target_fields["estimator"],  # type: ignore[dict-item]
             "tail": "given" if TAIL in optional else "derived",
         }
-        lacks = tuple(column for column, name in SCALAR_OF.items() if name not in optional)
+        lacks = tuple(column for column, name in FIELD_OF_SCALAR.items() if name not in optional)
         imported = Imported(provenance=config.provenance, lacks=lacks)
         fingerprints = {"provenance": imported.fingerprint, "tokenizer": facts["digest"]}
         fields: dict[str, object] = {"name": config.name, "task": config.task, "view": view[0]}
@@ -148,11 +148,11 @@ class TokenRows:
         positions = self._positions(row, expected)
         count = len(positions)
         ids, log_probs = self._candidates(row, positions)
-        predicted = positions + (self.info.task == "causal_lm")
-        gold = tokens[predicted].astype(np.int64)
+        gold_positions = positions + (self.info.task == "causal_lm")
+        gold_ids = tokens[gold_positions].astype(np.int64)
         if GOLD_FIELDS[0] not in self.optional:
-            self.alignment.add(ids, tokens, predicted)
-        scalars = self._scalars(row, ids, log_probs, gold)
+            self.alignment.add(ids, tokens, gold_positions)
+        scalars = self._scalars(row, ids, log_probs, gold_ids)
         order = np.argsort(-log_probs, axis=1, kind="stable")
         self.noticed.sorted += int((order != np.arange(order.shape[1])).any(axis=1).sum())
         ids = np.take_along_axis(ids, order, axis=1)
@@ -183,11 +183,11 @@ class TokenRows:
         if self.further:
             assert given_tail is not None
             facts = self.corpus.info["tokenizer"]
-            tokens = facts["size"] - len(hole_ids(facts))
-            further = further_odds(row, log_probs, given_tail, self.k, tokens, positions)
+            token_count = facts["size"] - len(hole_ids(facts))
+            further = further_odds(row, log_probs, given_tail, self.k, token_count, positions)
             odds |= dict(zip(self.further, further.T, strict=True))
         if self.temperature != 1.0:
-            kept = convert_to_one(kept, self.temperature, odds.get(1.0))
+            kept = at_temperature_one(kept, self.temperature, odds.get(1.0))
         return kept, np.stack([odds[tau] for tau in stored], axis=1)
 
     def _positions(self, row: Row, expected: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -279,21 +279,18 @@ class TokenRows:
         self._check_masses(log_probs, is_given, positions)
         return ids, log_probs
 
-    @property
-    def _temperature_text(self) -> str:
-        return f"temperature {self.temperature:g}"
-
     def _check_masses(
         self, log_probs: Floats64, is_given: NDArray[np.bool_], positions: NDArray[np.int64]
     ) -> None:
-        advice = f"log_probs are natural logarithms of probabilities at {self._temperature_text}"
+        at = f"temperature {self.temperature:g}"
+        advice = f"log_probs are natural logarithms of probabilities at {at}"
         if (first := _first_true((is_given & ~np.isfinite(log_probs)).any(axis=1))) is not None:
             value = log_probs[first][is_given[first] & ~np.isfinite(log_probs[first])][0]
             raise InputError(
                 f"position {positions[first]}: a log-probability is {value}; {advice}, which are "
                 "finite. Leave out candidates of zero probability"
             )
-        if (first := _first_true((log_probs > ROUNDING).any(axis=1))) is not None:
+        if (first := _first_true((log_probs > NATS_TOLERANCE).any(axis=1))) is not None:
             listed = np.where(is_given, log_probs, 0.0)
             hint = (
                 "; these look like probabilities" if 0 <= listed.min() <= listed.max() <= 1 else ""
@@ -303,7 +300,7 @@ class TokenRows:
                 f"above 0; {advice}{hint}"
             )
         masses = np.exp(log_probs).sum(axis=1)
-        if (first := _first_true(masses > 1 + ROUNDING)) is not None:
+        if (first := _first_true(masses > 1 + MASS_TOLERANCE)) is not None:
             raise InputError(
                 f"position {positions[first]}: the probabilities sum to {masses[first]:.6g}, more "
                 f"than 1; {advice}"
@@ -314,7 +311,7 @@ class TokenRows:
     ) -> tuple[Floats64, Floats64]:
         """Return the K likeliest log-probabilities [P,K] and log(kept/tail) [P,1].
 
-        A missing tail is 1 minus the kept mass, computed in float64.
+        ``log_probs`` [P,W] fall. A missing tail is 1 minus the kept mass, computed in float64.
         """
         kept, dropped = log_probs[:, : self.k], log_probs[:, self.k :]
         kept_mass = np.exp(kept).sum(axis=1)
@@ -322,13 +319,14 @@ class TokenRows:
             tail_mass = 1.0 - kept_mass
         else:
             tail_mass = np.exp(log_tail) + np.exp(dropped).sum(axis=1)
-            if (first := _first_true(np.abs(kept_mass + tail_mass - 1) > ROUNDING)) is not None:
+            excess = np.abs(kept_mass + tail_mass - 1)
+            if (first := _first_true(excess > MASS_TOLERANCE)) is not None:
                 raise InputError(
                     f"log_tail: position {positions[first]}: candidates and tail sum to "
                     f"{kept_mass[first] + tail_mass[first]:.6g}, not to 1"
                 )
         if self.info.estimator["bias"] == "exact":  # nothing is outside
-            if (first := _first_true(tail_mass > ROUNDING)) is not None:
+            if (first := _first_true(tail_mass > MASS_TOLERANCE)) is not None:
                 raise InputError(
                     f"position {positions[first]}: all {self.k} tokens are given, but their "
                     f"probabilities sum to {kept_mass[first]:.6g}, not to 1"
@@ -341,15 +339,15 @@ class TokenRows:
         return kept - np.log(scale)[:, None], odds[:, None]
 
     def _scalars(
-        self, row: Row, ids: NDArray[np.int64], log_probs: Floats64, gold: NDArray[np.int64]
+        self, row: Row, ids: NDArray[np.int64], log_probs: Floats64, gold_ids: NDArray[np.int64]
     ) -> Columns:
-        """Return the columns of scalars of the true tokens and of the whole distributions."""
+        """Return the scalars of the true tokens (log p negated) and of the whole distributions."""
         size, count = self.info.vocabulary_size or 0, len(ids)
         columns: Columns = {}
         if "entropy" in self.optional:
             with naming("entropy"):
                 nats = numbers(row["entropy"], count, "position")
-                if ((nats < -ROUNDING) | (nats > np.log(size) + ROUNDING)).any():
+                if ((nats < -NATS_TOLERANCE) | (nats > np.log(size) + NATS_TOLERANCE)).any():
                     raise InputError(f"must lie between 0 and {np.log(size):.4g} nats")
             columns["entropy"] = fixed_point(np.maximum(nats, 0.0).astype(np.float32))
         if "gold_ranks" not in self.optional:
@@ -362,16 +360,18 @@ class TokenRows:
                 )
         with naming("gold_log_probs"):
             values = numbers(row["gold_log_probs"], count, "position")
-            is_gold = ids == gold[:, None]
-            stated = np.where(is_gold, log_probs, 0.0).sum(axis=1)
-            contradicts = is_gold.any(axis=1) & (np.abs(stated - values) > TOLERANCE)
-            if (first := _first_true(contradicts | (values > ROUNDING))) is not None:
-                comparison = (
-                    f"{stated[first]:.4g} among the candidates" if contradicts[first] else "above 0"
-                )
+            if (first := _first_true(values > NATS_TOLERANCE)) is not None:
                 raise InputError(
-                    f"entry {first} is {values[first]:.4g} for the true token {int(gold[first])}, "
-                    f"{comparison}; do these belong to another position?"
+                    f"entry {first} is {values[first]:.4g}; a log-probability is at most 0"
+                )
+            is_gold = ids == gold_ids[:, None]
+            stated = np.where(is_gold, log_probs, 0.0).sum(axis=1)
+            contradicts = is_gold.any(axis=1) & (np.abs(stated - values) > CODEC_TOLERANCE)
+            if (first := _first_true(contradicts)) is not None:
+                raise InputError(
+                    f"entry {first} is {values[first]:.4g} for the true token "
+                    f"{int(gold_ids[first])}, but its log_probs entry is {stated[first]:.4g}; do "
+                    "the gold fields belong to another position?"
                 )
         columns["gold_log_prob"] = fixed_point(np.maximum(-values, 0.0).astype(np.float32))
         columns["gold_rank"] = ranks.astype(rank_dtype(size))

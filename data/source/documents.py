@@ -127,7 +127,7 @@ def _documents(
                 if accept(document, left_out):
                     yield document
                     if left_out is not None:
-                        left_out.documents += 1
+                        left_out.kept_documents += 1
         if is_empty:
             warn_empty(origin)
 

@@ -15,28 +15,29 @@ MAX_SHOWN = 100  # characters of a test's text in a message
 
 class LeftOut:
     """Records that are left out: bad ones, unless they are errors, and those that hold a text of a
-    test; for each kind, how many documents were read before each record.
+    test; for each kind, how many documents were kept before each record.
     """
 
     def __init__(self, skips_bad: bool = True, held_texts: HeldTexts | None = None) -> None:
         self.skips_bad, self.held_texts = skips_bad, held_texts
         self.first = ""  # what is wrong with the first bad one
         self.first_held = ""  # the first record that holds a text, and the text
-        self.documents = 0  # read so far
+        # documents kept so far, in which the places of left-out records are counted
+        self.kept_documents = 0
         self._bad: dict[str, array[int]] = {}
         self._held: dict[str, array[int]] = {}
 
     def add(self, bad: BadRecord) -> None:
         """Note one more bad record."""
         self.first = self.first or bad.message
-        self._bad.setdefault(bad.kind, array("q")).append(self.documents)
+        self._bad.setdefault(bad.kind, array("q")).append(self.kept_documents)
 
     def add_held(self, document: str, hold: HeldText) -> None:
         """Note one more record that holds a text."""
         nearly = " nearly" * (hold.kind == "near")
         text = f"{hold.text[:MAX_SHOWN]}{'…' * (len(hold.text) > MAX_SHOWN)}"
         self.first_held = self.first_held or f"{document} holds{nearly}: {text}"
-        self._held.setdefault(hold.kind, array("q")).append(self.documents)
+        self._held.setdefault(hold.kind, array("q")).append(self.kept_documents)
 
     def extend(self, other: "LeftOut") -> None:
         """Append what was left out of the next part, and count its documents."""
@@ -44,9 +45,9 @@ class LeftOut:
         self.first_held = self.first_held or other.first_held
         for own_places, other_places in ((self._bad, other._bad), (self._held, other._held)):
             for kind, places in other_places.items():
-                shifted = array("q", [self.documents + before for before in places])
+                shifted = array("q", [self.kept_documents + before for before in places])
                 own_places.setdefault(kind, array("q")).extend(shifted)
-        self.documents += other.documents
+        self.kept_documents += other.kept_documents
 
     def counts(self, last_document: int | None = None) -> dict[str, int]:
         """Return how many bad ones of each kind there are, up to the document of that index or in

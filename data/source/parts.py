@@ -96,7 +96,7 @@ class Reader:
                         result.with_text.add(number)
                     if accept(document, left_out):
                         result.documents.append(document)
-                        left_out.documents += 1
+                        left_out.kept_documents += 1
         except InputError as error:
             result.error = error
         left_out.held_texts = None  # everyone has them

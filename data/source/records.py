@@ -23,7 +23,7 @@ from rekindle.data.source.record import (
     tr_command,
 )
 from rekindle.data.source.record_batches import column_blocks, columns_for
-from rekindle.data.source.sources import HUB, Origin, no_such_source
+from rekindle.data.source.sources import HUB, Origin, no_such_source_error
 from rekindle.data.source.tables import table_rows
 from rekindle.data.text_files import open_text, refuse_pointer
 
@@ -229,7 +229,7 @@ def _hub_records(origin: Origin, fields: Sequence[str] | None) -> Iterator[Recor
         rows = iter(load_dataset(name, config or None, split=split or "train", streaming=True))
     # the library's errors have no common base; all mean that it cannot be had
     except Exception as error:
-        raise no_such_source(origin.place, error) from error
+        raise no_such_source_error(origin.place, error) from error
     for row in count(1):
         try:
             values = next(rows, None)

@@ -21,8 +21,8 @@ from rekindle.data.text_files import PACKED_SUFFIXES
 PYTHON_DOCS = "python-docs"
 HUB = "hub"
 TABLES = ("csv", "tsv")
-_PACKABLE = ("txt", "jsonl", *TABLES)
-_SUFFIXES = {f".{name}": name for name in (*_PACKABLE, "parquet", "arrow")} | {".json": "jsonl"}
+_COMPRESSIBLE = ("txt", "jsonl", *TABLES)
+_SUFFIXES = {f".{name}": name for name in (*_COMPRESSIBLE, "parquet", "arrow")} | {".json": "jsonl"}
 _KNOWN_SUFFIXES = (
     f".txt, .jsonl, .json, .csv, .tsv (each also {', '.join(PACKED_SUFFIXES)}), .parquet, .arrow"
 )
@@ -67,17 +67,19 @@ def find_origins(source: Sequence[str | Entry]) -> list[Origin]:
     """Return what ``source`` stands for, in reading order, each once.
 
     An entry is a place, or an ``Entry`` of one whose records hold something other than text. A
-    place is one of - a file, or a glob (``**`` descends; its files are taken in sorted order):
-    .txt, .jsonl or
-       .json with one object per line, .csv, .tsv, each of these also .gz, .zst or .bz2; .parquet;
-       .arrow (the IPC file format and the stream format). A file or directory whose name contains
-       glob characters is taken literally;
-    - an object in a store (``s3://bucket/a.jsonl``), or a glob that matches objects; - a directory
-    written by ``datasets``' ``save_to_disk`` (of several splits: ``train``); - a datasets id,
-    ``name``, ``name:config`` or ``name:config:split``; an empty config is the
-       default one (``ag_news::test``); the split is ``train`` unless given; it is streamed;
-    - ``python-docs``: the documentation of the installed Python. A file that is named twice is read
-    once, at its first place.
+    place is one of:
+
+    - a file, or a glob (``**`` descends; its files are taken in sorted order): .txt, .jsonl or
+      .json with one object per line, .csv, .tsv, each of these also .gz, .zst or .bz2; .parquet;
+      .arrow (the IPC file format and the stream format). A file or directory whose name contains
+      glob characters is taken literally;
+    - an object in a store (``s3://bucket/a.jsonl``), or a glob that matches objects;
+    - a directory written by ``datasets``' ``save_to_disk`` (of several splits: ``train``);
+    - a datasets id, ``name``, ``name:config`` or ``name:config:split``; an empty config is the
+      default one (``ag_news::test``); the split is ``train`` unless given; it is streamed;
+    - ``python-docs``: the documentation of the installed Python.
+
+    A file that is named twice is read once, at its first place.
 
     Raises InputError for a source that does not exist or is of an unknown kind.
     """
@@ -85,7 +87,7 @@ def find_origins(source: Sequence[str | Entry]) -> list[Origin]:
 
 
 def origins_and_repeats(source: Sequence[str | Entry]) -> tuple[list[Origin], int]:
-    """Return (``find_origins``; how often ``source`` names a file again)."""
+    """Return ``find_origins(source)``, and how many of its names repeat a file."""
     entries = [source] if isinstance(source, str) else source
     if not entries:
         raise InputError("no corpus source; give files, globs, a datasets id or python-docs")
@@ -143,7 +145,7 @@ def _resolve(entry: str) -> list[Origin]:
             return [_file(file) for file in files]
     elif _HUB_ID.fullmatch(entry) and _format(entry) is None:
         return [recorded_origin(entry)]
-    raise no_such_source(entry)
+    raise no_such_source_error(entry)
 
 
 def _objects_at(address: str) -> list[Origin]:
@@ -169,7 +171,7 @@ def _with_literal_directories(pattern: str) -> str:
     return pattern
 
 
-def no_such_source(entry: str, reason: object = None) -> InputError:
+def no_such_source_error(entry: str, reason: object = None) -> InputError:
     """Return the error about an ``entry`` for which nothing is found."""
     reason_text = f" ({' '.join(str(reason).split())})" if reason else ""
     return InputError(
@@ -181,9 +183,9 @@ def no_such_source(entry: str, reason: object = None) -> InputError:
 
 def _format(path: str) -> str | None:
     stem, suffix = os.path.splitext(path.lower())
-    is_packed = suffix in PACKED_SUFFIXES
-    kind = _SUFFIXES.get(os.path.splitext(stem)[1] if is_packed else suffix)
-    return None if is_packed and kind not in _PACKABLE else kind
+    is_compressed = suffix in PACKED_SUFFIXES
+    kind = _SUFFIXES.get(os.path.splitext(stem)[1] if is_compressed else suffix)
+    return None if is_compressed and kind not in _COMPRESSIBLE else kind
 
 
 def _file(path: str) -> Origin:

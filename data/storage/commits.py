@@ -132,7 +132,7 @@ def _check_regions(regions: tuple[Region, ...], size: int) -> None:
 
 
 def columns_of(commits: Iterable[Commit], states: Mapping[str, str]) -> pa.Table:
-    """Return the table of ``commits`` in their order; ``states`` by unit, "" where missing."""
+    """Return the table of ``commits``; ``states``: the store's tag of each record, if known."""
     commits = list(commits)
     keys = [unit_key(commit.unit) for commit in commits]
     columns: dict[str, list[Any]] = {
@@ -161,7 +161,7 @@ def _column_prefix(value: object) -> str | None:
     return JSON if isinstance(value, dict) else None
 
 
-# --- those of a set -------------------------------------------------------------------------------
+# --- the records of a whole set -------------------------------------------------------------------
 
 MOST_CACHED = 4096  # how many records, read one by one, are kept so as not to read them again
 RECORDS_PER_READ = 1024  # records read together if all are wanted
@@ -251,7 +251,7 @@ class Commits(Mapping[str, Commit]):
         self._loaded[commit.unit] = commit
         vars(self).pop("table", None)
 
-    # --- of all -----------------------------------------------------------------------------------
+    # --- columns over all units -------------------------------------------------------------------
 
     @cached_property
     def table(self) -> pa.Table:
@@ -296,6 +296,7 @@ class Commits(Mapping[str, Commit]):
         column = self._fact_column(INT, fact)
         invalid = np.flatnonzero(~(np.nan_to_num(float_values(column), nan=-1) >= 0))
         if len(invalid):
+            # This raises, naming the record, unless only the roll-up is wrong.
             self[self.table["unit"][int(invalid[0])].as_py()].count(fact)
             raise CacheFormatError(f"the commit records do not say how many {fact} there are")
         return numpy_values(column, np.int64)
@@ -320,7 +321,7 @@ class Commits(Mapping[str, Commit]):
             return self.table[name].combine_chunks()
         return pa.nulls(len(self), pa.string() if kind == JSON else pa.float64())
 
-    # --- which there are --------------------------------------------------------------------------
+    # --- which units exist ------------------------------------------------------------------------
 
     @property
     def contiguous(self) -> int:

@@ -66,8 +66,8 @@ class ShardSet:
     def forget(self, unit: str) -> None:
         """Take back a damaged unit, so that it is made again; its record goes first."""
         path = None
-        with suppress(CacheFormatError, FileNotFoundError):  # then `gc` finds the file it named
-            path = self.commit(unit).path
+        with suppress(CacheFormatError, FileNotFoundError):  # its data file then stays until `gc`
+            path = self.read_record(unit).path
         self.records.forget_roll_up()
         self.store.discard(f"{self.folder}/commits/{unit}.json")
         if path is not None:
@@ -77,7 +77,7 @@ class ShardSet:
         """Return whether the unit is committed by now."""
         return self.store.exists(f"{self.folder}/commits/{unit}.json")
 
-    def commit(self, unit: str) -> Commit:
+    def read_record(self, unit: str) -> Commit:
         """Return the record of one finished unit."""
         return self.records.read(unit)
 
@@ -115,8 +115,8 @@ class ShardSet:
         # From here on an error must leave the data: the record may have been created.
         if self.store.create(f"{self.folder}/commits/{unit}.json", commit.to_bytes()):
             return commit
-        winner = self.commit(unit)
-        if winner.path != path:  # a put repeated after a lost answer finds its own record
+        winner = self.read_record(unit)
+        if winner.path != path:  # else our put succeeded, and only its reply was lost
             self.store.discard(name)
         return winner
 
@@ -304,8 +304,8 @@ class Shard:
     def batch(self, index: int, keep: bool = True) -> pa.RecordBatch:
         """Return record batch ``index``, verified; its rows start at ``index * rows_per_batch``.
 
-        ``keep`` is for batches that are views of the mapped file; compressed ones would fill the
-        memory.
+        ``keep``: hold the batch for later calls; pass False for compressed ones, which would fill
+        the memory.
         """
         batch = self._batches.get(index)
         if batch is None:
@@ -327,9 +327,7 @@ class Shard:
         return map(self.batch, range(self.batch_count))
 
     def _check_unpacked_size(self, index: int, region: int) -> None:
-        """Check a batch's unpacked size: committed bytes may still come from a stranger's
-        writer.
-        """
+        """Check a batch's unpacked size: a foreign writer may have committed far too much."""
         offset, length, _ = self.commit.regions[region]
         message = f"{self.name}: no record batch {index} where it must be"
         with unusable(message, struct.error, IndexError, ValueError):

@@ -49,7 +49,7 @@ from rekindle.data.targets.codec import (
     high_planes,
     pack_planes,
 )
-from rekindle.data.targets.schema import SCALARS, rank_dtype
+from rekindle.data.targets.schema import POSITIONED_SCALARS, rank_dtype
 
 # The first candidates' gaps are much wider: they get a column, and so code tables, of their own.
 HEAD_SIZE = 8
@@ -62,7 +62,7 @@ MIN_COUNT = 4  # a rarer id costs more in the table than written out
 Bytes = NDArray[np.uint8]
 Widths = dict[str, tuple[pa.DataType, int | None]]  # name -> value type, width (None: a scalar)
 DEFAULT_COLUMNS = {
-    *SCALARS,
+    *POSITIONED_SCALARS,
     "ids",
     "ids_high",
     "values",

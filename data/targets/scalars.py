@@ -17,7 +17,7 @@ from rekindle.data.errors import CacheFormatError
 from rekindle.data.storage.columns import list_views
 from rekindle.data.storage.shards import Shard
 from rekindle.data.targets.codec import STEP, Columns
-from rekindle.data.targets.schema import SCALARS
+from rekindle.data.targets.schema import POSITIONED_SCALARS
 
 FACT = "scalars"  # the checksum's key in the facts of a commit record
 
@@ -53,11 +53,11 @@ class ScalarChecksum:
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Include a batch, if it has the columns."""
-        if not {*SCALARS} <= {*batch.schema.names}:
+        if not {*POSITIONED_SCALARS} <= {*batch.schema.names}:
             return
         self._has_scalars = True
         self._state.update("".join(batch["digest"].to_pylist()).encode())
-        for name in SCALARS:
+        for name in POSITIONED_SCALARS:
             offsets, flat = list_views(batch[name], name)
             self._state.update((offsets - offsets[0]).tobytes())
             self._state.update(flat[offsets[0] : offsets[-1]].tobytes())
@@ -72,7 +72,7 @@ def read_scalars(shard: Shard) -> list[pa.RecordBatch]:
 
     For units without such a checksum (format 1, the compact codec) everything is read.
     """
-    names = ["digest", *SCALARS]
+    names = ["digest", *POSITIONED_SCALARS]
     recorded = shard.commit.facts.get(FACT)
     if recorded is None:
         return [batch.select(names) for batch in shard.batches()]

@@ -55,7 +55,9 @@ MOST_DRAWS = 255  # of a sample: a count is stored in a byte
 # Facts in the record of a unit whose teacher's tokens were mapped: the positions that could have a
 # target, and the mean share of its probability on mapped tokens.
 MAPPABLE, MAPPED_MASS = "mappable", "mapped_mass"
-SCALARS = ("positions", "gold_log_prob", "gold_rank", "entropy")
+GOLD_SCALARS = ("gold_log_prob", "gold_rank")
+SCALARS = (*GOLD_SCALARS, "entropy")
+POSITIONED_SCALARS = ("positions", *SCALARS)
 
 
 def _check_name(name: str) -> str:

@@ -36,8 +36,8 @@ from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import LocalStore, open_store
 from rekindle.data.targets.head import HEAD_FILES
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.reading.cut import cut_of
-from rekindle.data.targets.reading.reader import FINISHED_FILE
+from rekindle.data.targets.reading.cut import truncation_of
+from rekindle.data.targets.reading.part import COMPLETE_FILE
 from rekindle.data.targets.reading.stored import stored_error
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.registry import view_kind
@@ -189,7 +189,7 @@ def cache_teachers(
                 if not part.config.vocabulary:
                     _log_kept(corpus, part.info)
                 if part.info.part:
-                    store.create(f"{part.info.folder}/{FINISHED_FILE}", seal({}))
+                    store.create(f"{part.info.folder}/{COMPLETE_FILE}", seal({}))
         if hard_masks:
             build_hard_masks(hard_masks, False, progress)
         if is_alone is not False:
@@ -271,7 +271,7 @@ def _lacks_head(info: TeacherInfo, store: Store) -> bool:
 
 def _log_kept(corpus: Corpus, info: TeacherInfo) -> None:
     commits = ShardSet(corpus.store, info.folder).committed()
-    if cut := cut_of(info, commits):
+    if cut := truncation_of(info, commits):
         log.warning("%s", cut.as_text(f"teacher {info.name}"))
     if (stored := stored_error(commits)) is not None:
         log.info("%s", stored.as_text(info))

@@ -7,7 +7,7 @@ removed. A teacher's description is restored from what each shard says of its te
 import logging
 from collections.abc import Collection
 
-from rekindle.data.corpus.additions import describe_addition, info_name, new_addition
+from rekindle.data.corpus.additions import info_name, new_addition, record_addition
 from rekindle.data.corpus.config import recorded_entries
 from rekindle.data.errors import CacheFormatError, naming
 from rekindle.data.inventory import (
@@ -119,7 +119,7 @@ def _restore_additions(store: Store) -> None:
         with naming(f"{subject}must be where it was"):
             present = find_present(recorded_entries(config))
         addition = new_addition(config, present, number, first, rows_before)
-        describe_addition(store, addition, metadata_of[first]["tokenizer"])
+        record_addition(store, addition, metadata_of[first]["tokenizer"])
 
 
 def _restore_description(store: Store, folder: str) -> None:

@@ -110,8 +110,8 @@ def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
         "parts": [part.info.part for part in teacher.parts],
         "lineage": [run.model_dump() for run in info.lineage],
     }
-    if teacher.mapped is not None:
-        share, mass = teacher.mapped
+    if teacher.mapped_coverage is not None:
+        share, mass = teacher.mapped_coverage
         facts["mapped"] = {"tokens": info.mapped, "positions": share, "probability": mass}
     facts |= {"imported": info.imported.model_dump(mode="json")} if info.imported else {}
     if info.vectors is not None:

@@ -15,8 +15,8 @@ def origin_lines(teacher: TeacherReader) -> Iterator[str]:
         yield _lineage_line(info.name, number, run)
     if info.imported:
         yield _imported_line(teacher)
-    if teacher.mapped:
-        yield _mapped_line(info.name, info.mapped, *teacher.mapped)
+    if teacher.mapped_coverage:
+        yield _mapped_line(info.name, info.mapped, *teacher.mapped_coverage)
     if info.served:
         yield _served_line(teacher)
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from rekindle.data.targets.reading.cut import Cut
+from rekindle.data.targets.reading.cut import Truncation
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class TeacherWork:
     reason: str | None = None
     replicas: int = 1  # how often it sees each sequence
     at_most: bool = False  # the bytes are an upper bound: without a probe they depend on the model
-    cut: Cut | None = None  # None if no text is cut, or the model is not here
+    cut: Truncation | None = None  # None if no text is cut, or the model is not here
     longest: int | None = None  # most tokens the model takes, if it reads texts
     shares: tuple[str, ...] = ()  # other teachers made in the same forward passes
     requests: int | None = None  # requests to the server, if one runs this teacher

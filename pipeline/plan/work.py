@@ -13,7 +13,7 @@ import pyarrow as pa
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.reading.cut import Counts, Cut
+from rekindle.data.targets.reading.cut import Counts, Truncation
 from rekindle.data.targets.reading.reader import target_positions
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import ViewReader, shown_view
@@ -74,9 +74,9 @@ def work_of(
     """Return what is missing of the view, or of a teacher for ``domains`` that is shown it."""
     work: list[Shards] = []
     present = 0
-    if survey.present is not None:
-        units, present = missing_units(survey.present, folder, view, cache.masked_replicas)
-        work += _missing_shards(survey.present, [unit.shard for unit in units], domains)
+    if survey.cached is not None:
+        units, present = missing_units(survey.cached, folder, view, cache.masked_replicas)
+        work += _missing_shards(survey.cached, [unit.shard for unit in units], domains)
     if sequences := survey.new_sequences:
         replica_count = len(view_kind(view).numbers(cache.masked_replicas))
         share = share_of(domains, survey.reference.domains, len(survey.reference))
@@ -109,10 +109,13 @@ def _missing_shards(
 # --- positions ------------------------------------------------------------------------------------
 
 
-def positions_per_token(steps: Corpus, info: TeacherInfo) -> float:
-    """Return the targets the teacher leaves per token. Its view of ``steps`` must exist."""
-    view = shown_view(steps, info.view)
-    return sum(_positions(steps, info, view, n) for n in range(len(steps.commits))) / steps.tokens
+def positions_per_token(probe_corpus: Corpus, info: TeacherInfo) -> float:
+    """Return the targets the teacher leaves per token. Its view of ``probe_corpus`` must exist."""
+    view = shown_view(probe_corpus, info.view)
+    return (
+        sum(_positions(probe_corpus, info, view, n) for n in range(len(probe_corpus.commits)))
+        / probe_corpus.tokens
+    )
 
 
 def _positions(corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard: int) -> float:
@@ -136,7 +139,7 @@ def _positions(corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard
 # --- what is cut ----------------------------------------------------------------------------------
 
 
-def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Cut | None, int]:
+def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Truncation | None, int]:
     """Return the shares cut from the texts of ``corpus``, and the limit in tokens. The view of
     pairs must exist.
     """
@@ -162,7 +165,7 @@ def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Cut | None, int]:
         texts = plan.with_prompt([texts_a[row] for row in rows])
         lengths.append(tokenizer.uncut_lengths(texts, pairs))
     counts = Counts.of(np.concatenate(lengths), limit)
-    shares = Cut(counts.cut / max(counts.texts, 1), counts.lost / max(counts.tokens, 1))
+    shares = Truncation(counts.cut / max(counts.texts, 1), counts.lost / max(counts.tokens, 1))
     return shares if counts.cut else None, limit
 
 

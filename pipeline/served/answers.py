@@ -16,7 +16,7 @@ from rekindle.data.corpus.config import hole_ids
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import InputError
 from rekindle.data.exchange.logprobs import GOLD_FIELDS, fields_of_prompt
-from rekindle.data.exchange.token_rows import TokenRows
+from rekindle.data.exchange.token_rows import TopKRows
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.schema import TeacherInfo
 
@@ -46,7 +46,7 @@ class AnswerReader:
             name: [values[position] for position in positions] for name, values in fields.items()
         }
         self._without_foreign(fields, positions)
-        rows = TokenRows(self.corpus, self.info, GOLD_FIELDS, allow_missing=False)
+        rows = TopKRows(self.corpus, self.info, GOLD_FIELDS, allow_missing=False)
         return rows.columns(fields, tokens, positions)
 
     def _without_foreign(self, fields: dict[str, Any], positions: NDArray[np.int64]) -> None:

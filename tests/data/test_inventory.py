@@ -235,6 +235,6 @@ def test_orphans_are_data_files_that_no_record_names(store):
     assert orphans(shards) == []
     names = [leave(store, f"targets/a/data/0000{n}-0badbeef.arrow", 0) for n in range(3)]
     assert orphans(shards) == names
-    taken_back = f"targets/a/{shards.commit('00001').path}"
+    taken_back = f"targets/a/{shards.read_record('00001').path}"
     store.discard("targets/a/commits/00001.json")
     assert orphans(shards) == sorted([*names, taken_back])

@@ -1,8 +1,8 @@
-"""What all kinds of targets share, and the questions other code may ask of a kind.
+"""Base classes of target kinds: columns, schema, reading, decoding.
 
 A kind describes, with NumPy only, how its columns are stored, written, read, checked and decoded.
-``pipeline/caching/scoring.py`` makes it from logits and ``train/device_batch.py`` prepares it for a
-loss; each is registered there by the kind's name.
+``pipeline/caching/scoring.py`` makes targets of the kind from logits and ``train/device_batch.py``
+prepares them for a loss; both look up what to do by the kind's name.
 """
 
 import math
@@ -84,21 +84,25 @@ class TargetKind(ABC):
         """
         info, size, k = self.info, self.info.vocabulary_size or 0, self.info.k
         largest = self.largest_k or (size if "k" in self.needs else None)
-        checks = {
+        is_right = {
             "its kind is not of its task": info.task in self.tasks,
             "its view is not of its task": info.task in info.view_class.tasks,
             "its size is missing": self.has_sizes,
             "its sizes are too large": max(size, *(getattr(info, name) or 0 for name in _SIZES))
             < 2**31,
             "its k is too large": k is None or largest is None or k <= largest,
-            "its temperatures are none": all(0 < t < math.inf for t in info.temperatures)
-            and (len(info.temperatures) > 0 or not self.needs_temperatures),
+            "its temperatures are missing, or not positive and finite": (
+                all(0 < t < math.inf for t in info.temperatures)
+                and (len(info.temperatures) > 0 or not self.needs_temperatures)
+            ),
             "its codec is not of its kind": info.codec in self.codecs
             and size <= self.codec.largest_vocabulary,
-            "tails extend a part": self.is_extension == (info.extends is not None)
-            and (not self.is_extension or info.part != ""),
+            "its kind and extends contradict each other (only tails extend a part)": (
+                self.is_extension == (info.extends is not None)
+                and (not self.is_extension or info.part != "")
+            ),
         }
-        return next((problem for problem, is_valid in checks.items() if not is_valid), None)
+        return next((problem for problem, right in is_right.items() if not right), None)
 
     def schema(self, about: Mapping[str, object]) -> pa.Schema:
         """Return the Arrow schema of one unit; its metadata repeats ``info`` and adds ``about``."""
@@ -137,7 +141,9 @@ class TargetKind(ABC):
         )
 
     def entry_columns(self) -> dict[str, pa.DataType]:
-        """Return the columns on disk with as many entries per position as ``distinct`` says."""
+        """Return the columns on disk with a variable number of entries per position, which the
+        column ``distinct`` counts (kind random only).
+        """
         return {}
 
     def _fields(self) -> list[pa.Field]:
@@ -202,7 +208,7 @@ class TargetKind(ABC):
         return offsets, self.codec.unpack(columns, self.info.vocabulary_size or 0)
 
     def problems(self, columns: Columns) -> Iterator[str]:
-        """Yield problems that none of our writers could have produced."""
+        """Yield what is wrong with columns that Rekindle cannot have written."""
         yield from ()
 
 
@@ -281,6 +287,7 @@ class VocabularyKind(TargetKind):
     def used_columns(self) -> Widths:
         """Return the columns as they are used, without ``positions``."""
         rank = pa.from_numpy_dtype(rank_dtype(self.size))
+        # gold_log_prob is stored negated, as -log p in 1/1024 nat
         scalars: Widths = {"gold_log_prob": (pa.uint16(), None), "gold_rank": (rank, None)}
         scalars["entropy"] = (pa.uint16(), None)
         for name in self._lacks:

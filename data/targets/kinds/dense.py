@@ -46,7 +46,7 @@ class Dense(VocabularyKind):
         return order[:, :k], ordered[:, :k], log_tail.astype(np.float32)
 
     def problems(self, columns: Columns) -> Iterator[str]:
-        """Yield problems that none of our writers could have produced."""
+        """Yield what is wrong with columns that Rekindle cannot have written."""
         # −inf is probability 0, but a row needs some probability.
         best = columns["log_probs"].max(axis=1, initial=-np.inf)
         if not ((best > -np.inf) & (best < 1e-3)).all():  # also for a row with NaN

@@ -66,7 +66,7 @@ class Embedding(TargetKind):
         return offsets, columns
 
     def problems(self, columns: Columns) -> Iterator[str]:
-        """Yield problems that none of our writers could have produced."""
+        """Yield what is wrong with columns that Rekindle cannot have written."""
         if not np.isfinite(columns["scale" if "scale" in columns else "vectors"]).all():
             yield "NaN or infinity in its vectors"
         if "scale" in columns:

@@ -39,6 +39,6 @@ class Hidden(Dense):
         return log_probs
 
     def problems(self, columns: Columns) -> Iterator[str]:
-        """Yield problems that none of our writers could have produced."""
+        """Yield what is wrong with columns that Rekindle cannot have written."""
         if not np.isfinite(columns["hidden_scale"]).all():
             yield "NaN or infinity in 'hidden_scale'"

@@ -42,7 +42,7 @@ class Random(VocabularyKind):
     def stored_columns(self) -> Widths:
         """Return the columns on disk that have one entry per position."""
         columns = super().stored_columns()
-        scalars = {name: columns[name] for name in SCALARS[1:]}
+        scalars = {name: columns[name] for name in SCALARS}
         return {"positions": columns["positions"], "distinct": (pa.uint8(), None)} | scalars
 
     def entry_columns(self) -> dict[str, pa.DataType]:
@@ -97,7 +97,7 @@ class Random(VocabularyKind):
         return self.candidate_ids(columns), log_probs, tail
 
     def problems(self, columns: Columns) -> Iterator[str]:
-        """Yield problems that none of our writers could have produced."""
+        """Yield what is wrong with columns that Rekindle cannot have written."""
         counts = columns["counts"].astype(np.int64)
         if columns["ids"].max(initial=0) >= self.size:
             yield "ids outside the vocabulary"

@@ -22,6 +22,6 @@ class TokenLogits(TaskKind):
         return {"logits": (pa.float32(), self.info.num_labels)}
 
     def problems(self, columns: Columns) -> Iterator[str]:
-        """Yield problems that none of our writers could have produced."""
+        """Yield what is wrong with columns that Rekindle cannot have written."""
         if not np.isfinite(columns["logits"]).all():
             yield "NaN or infinity in 'logits'"

@@ -53,8 +53,9 @@ class TopK(VocabularyKind):
         return type(self)(info), columns | {"tail_log_odds": odds[:, None]}
 
     def problems(self, columns: Columns) -> Iterator[str]:
-        """Yield problems that none of our writers could have produced."""
+        """Yield what is wrong with columns that Rekindle cannot have written."""
         if self.candidate_ids(columns).max(initial=0) >= self.size:
             yield "ids outside the vocabulary"
+        # These are stored negated, as -log p in 1/1024 nat, so min >= max is the valid order.
         if self.codec.stores_span and (columns["log_prob_min"] < columns["log_prob_max"]).any():
             yield "rising probabilities"

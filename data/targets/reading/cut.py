@@ -41,7 +41,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Truncation:
     """Shares of an expert's texts and tokens that are cut or lost."""
 
     sequences: float
@@ -56,7 +56,7 @@ class Cut:
         )
 
 
-def cut_of(info: TeacherInfo, commits: Commits) -> Cut | None:
+def truncation_of(info: TeacherInfo, commits: Commits) -> Truncation | None:
     """Return the shares over units; None if nothing is cut (or an older version did not record it).
 
     Units without a record count with the corpus's tokens.
@@ -72,4 +72,4 @@ def cut_of(info: TeacherInfo, commits: Commits) -> Cut | None:
     ]
     texts, cut = sum(unit.texts for unit in units), sum(unit.cut for unit in units)
     tokens, lost = sum(unit.tokens for unit in units), sum(unit.lost for unit in units)
-    return Cut(cut / texts, lost / tokens) if cut else None
+    return Truncation(cut / texts, lost / tokens) if cut else None

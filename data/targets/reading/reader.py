@@ -7,7 +7,6 @@ larger k or more temperatures. A reader presents the finished parts as one.
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
 
@@ -17,7 +16,6 @@ from numpy.typing import NDArray
 from rekindle.data.corpus.columns import next_token_places, trained_content
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
-from rekindle.data.storage.base import Store
 from rekindle.data.storage.columns import ascend_within, flat_lists, list_views, split_lists
 from rekindle.data.storage.commits import SECONDS, Commits
 from rekindle.data.storage.cuts import (
@@ -29,50 +27,36 @@ from rekindle.data.storage.cuts import (
     cut_lengths,
     join_cuts,
 )
-from rekindle.data.storage.shards import Shard, ShardSet
+from rekindle.data.storage.shards import Shard
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.head import StoredHead, read_head
 from rekindle.data.targets.imported import EXPECTED
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.reading.cut import Cut, cut_of
+from rekindle.data.targets.reading.cut import Truncation, truncation_of
 from rekindle.data.targets.reading.files import check_owner
+from rekindle.data.targets.reading.part import Part
 from rekindle.data.targets.scalars import PositionScalars, decode_scalars, read_scalars
-from rekindle.data.targets.schema import MAPPABLE, MAPPED_MASS, SCALARS, TeacherInfo
+from rekindle.data.targets.schema import (
+    GOLD_SCALARS,
+    MAPPABLE,
+    MAPPED_MASS,
+    POSITIONED_SCALARS,
+    SCALARS,
+    TeacherInfo,
+)
 from rekindle.data.views.reader import ViewReader, check_aligned, shown_view
 
-FINISHED_FILE = "complete.json"  # in the folder of an extension that was once complete
 CHECKED_FILES = 64  # files of a part checked before reading
 DECODED_BATCHES = 64  # record batches kept decoded, for codecs that cannot be used directly
-
-
-@dataclass(frozen=True)
-class Part:
-    """One set of a teacher's shards."""
-
-    info: TeacherInfo
-    shards: ShardSet
-    commits: Commits
-    finished: bool  # whether it was once complete
-
-    @classmethod
-    def of(cls, store: Store, info: TeacherInfo) -> "Part":
-        """Return the part with that description, as it is now."""
-        shards = ShardSet(store, info.folder)
-        finished = bool(info.part) and store.exists(f"{info.folder}/{FINISHED_FILE}")
-        return cls(info, shards, shards.committed(), finished)
-
-    def covers(self, other: "Part") -> bool:
-        """Return whether it has all units of ``other``, or had them before new text was added."""
-        return self.finished or self.commits.has_all(other.commits)
 
 
 class TeacherReader(RowReader):
     """One teacher of a cache: ``info`` and its committed units.
 
     ``infos`` describes its parts, first the one it was begun with; ``view`` is the view it was
-    shown, if already open. The finished part with the largest k is read (within the units of the
-    first part), with all finished tails of its ids; or the ``part`` of that name, using no more
-    than ``max_k`` candidates.
+    shown, if already open. The part with the largest k that covers the first one is read (within
+    the units of the first), with all tails that cover it; or the ``part`` of that name, using no
+    more than ``max_k`` candidates.
     """
 
     recomputed = ("head", "_evicting")
@@ -178,9 +162,9 @@ class TeacherReader(RowReader):
         return sum(commits.bytes for commits in self._all_commits_to_read)
 
     @property
-    def unseen(self) -> Cut | None:
+    def unseen(self) -> Truncation | None:
         """The share of the texts an expert did not see; None if it saw all, or if it is unknown."""
-        return cut_of(self.info, self.main.commits)
+        return truncation_of(self.info, self.main.commits)
 
     @property
     def seconds(self) -> float | None:
@@ -207,7 +191,7 @@ class TeacherReader(RowReader):
         return _rows_with_targets(self.commits) / planned if planned else 0.0
 
     @property
-    def mapped(self) -> tuple[float, float] | None:
+    def mapped_coverage(self) -> tuple[float, float] | None:
         """For a teacher whose tokens are mapped to the corpus's: the share of positions with a
         target, and the mean share of its probability there on mapped tokens.
         """
@@ -242,17 +226,15 @@ class TeacherReader(RowReader):
         """Return the number of targets of each row (shard, row in it) [B], and the columns of them
         all.
 
-        Rows follow one another, copied. Scalars, which no loss needs, are included if asked for. A
-        row of an uncommitted unit has no targets with ``allow_missing``; else raise
-        CacheMismatchError.
+        Rows follow one another, copied. ``scalars=False`` leaves out gold_log_prob, gold_rank and
+        entropy, which no loss needs. A row of an uncommitted unit has no targets with
+        ``allow_missing``; else raise CacheMismatchError.
         """
         is_present = [not allow_missing or self.has(shard, replica) for shard, _ in places]
         cuts = [self.cut(place, replica) for place in compress(places, is_present)]
         counts = np.zeros(len(places), np.int64)
         counts[is_present] = cut_lengths(cuts)
-        columns = (
-            join_cuts(cuts, () if scalars else SCALARS[1:]) if cuts else self.kind.empty_columns()
-        )
+        columns = join_cuts(cuts, () if scalars else SCALARS) if cuts else self.kind.empty_columns()
         return counts, columns
 
     def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat:
@@ -316,7 +298,10 @@ class TeacherReader(RowReader):
             columns = [*kind_of(part.info).schema({})]
             shard = part.shards.open(part.commits[unit], about, columns)
             if part.commits[unit].rows_per_batch != part.info.rows_per_batch:
-                raise CacheFormatError(f"{shard.name} has other record batches than teacher.json")
+                raise CacheFormatError(
+                    f"{shard.name} has {part.commits[unit].rows_per_batch} rows in a record batch; "
+                    f"teacher.json says {part.info.rows_per_batch}"
+                )
             check_owner(shard, part.info)
             self._open[key] = shard
         return self._open[key]
@@ -329,7 +314,7 @@ class TeacherReader(RowReader):
                 "tokens: scores and hard positions need a masked_lm or causal_lm teacher"
             )
         lacks = self.info.lacks
-        if {*lacks} & {*SCALARS[:3]}:
+        if {*lacks} & {*GOLD_SCALARS}:
             raise InputError(
                 f"teacher {self.info.name!r} was imported without scalars of the true tokens: "
                 "scores and hard positions need gold_log_probs and gold_ranks in its rows"
@@ -342,7 +327,7 @@ class TeacherReader(RowReader):
         for index, batch in enumerate(read_scalars(file)):
             unit_path = f"{self.main.info.folder}/{self.info.view_class.unit(shard, replica)}"
             check_aligned(batch, self.corpus, shard, index, unit_path, self.info.rows_per_batch)
-            scalars.append(decode_scalars(*flat_lists(batch, SCALARS)))
+            scalars.append(decode_scalars(*flat_lists(batch, POSITIONED_SCALARS)))
         return scalars
 
     @cached_property

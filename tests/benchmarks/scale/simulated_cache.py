@@ -101,7 +101,7 @@ def make(folder: Path, units: int, full: bool) -> LocalStore:
     filled = {*range(units)} if full else {*near[(near >= 0) & (near < units)].tolist()}
     for kind, name in (("corpus", "corpus"), ("targets", f"targets/{TEACHER}")):
         shards = ShardSet(store, name)
-        commits = [shards.commit(unit_of(shard)) for shard in sorted(touched)]
+        commits = [shards.read_record(unit_of(shard)) for shard in sorted(touched)]
         for shard in sorted(filled - touched):
             commits.append(simulated(kind, shard))
             write_record(store.root / name, commits[-1])
@@ -124,7 +124,7 @@ def write_data(corpus: Corpus, info: TeacherInfo, shard: int) -> None:
     batches = [pa.record_batch(b.columns, schema=schema) for b in first.batches()]
     facts = {"tokens": ROWS * LENGTH, "next": [shard, 0], "domains": {}}
     corpus.shards.write(unit_of(shard), schema, batches, facts)
-    corpus.units.add(corpus.shards.commit(unit_of(shard)))
+    corpus.units.add(corpus.shards.read_record(unit_of(shard)))
     about = {"tokens": ROWS * LENGTH, "shard": shard, "replica": None}
     columns = draw_columns(ROWS * TARGETS, 0, "default", TARGETS)
     rows = np.repeat(np.arange(ROWS), TARGETS)
@@ -135,7 +135,7 @@ class _Alone:
     """A corpus as the writer of one unit's targets sees it."""
 
     def __init__(self, corpus: Corpus, shard: int):
-        commit = corpus.shards.commit(unit_of(shard))
+        commit = corpus.shards.read_record(unit_of(shard))
         self.store, self.commits, self.shard = corpus.store, {shard: commit}, corpus.shard
         self.shard = lambda _: corpus.shards.open(commit)
 

@@ -79,7 +79,7 @@ def test_documents_and_what_is_left_out_are_those_of_the_whole(tmp_path, monkeyp
     assert sum(whole.held()) > 0
     read, left_out = in_parts(source, fields, monkeypatch, size)
     assert read == expected
-    assert left_out.documents == len(expected)
+    assert left_out.kept_documents == len(expected)
     assert (left_out.first, left_out.first_held) == (whole.first, whole.first_held)
     for last in (None, *range(len(expected))):
         assert left_out.counts(last) == whole.counts(last)

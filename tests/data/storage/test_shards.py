@@ -57,13 +57,13 @@ def files(shards):
 
 
 def read_all(shards, unit="00000"):
-    return shards.open(shards.commit(unit)).table()
+    return shards.open(shards.read_record(unit)).table()
 
 
 def test_what_is_written_is_read(shards):
     rows = 2 * ROWS_PER_BATCH + 5
     commit = shards.write("00000", SCHEMA, batches(rows, fill=7), {"tokens": 3})
-    assert commit == shards.commit("00000") == shards.committed()["00000"]
+    assert commit == shards.read_record("00000") == shards.committed()["00000"]
     assert (commit.rows, commit.facts) == (rows, {"tokens": 3})
     shard = shards.open(commit)
     assert shard.batch_count == 3
@@ -212,7 +212,7 @@ def test_a_put_that_was_repeated_after_a_lost_answer_is_not_taken_for_a_rival(sh
 
     monkeypatch.setattr(shards.store, "create", repeated)
     commit = shards.write("00000", SCHEMA, batches(3))
-    assert commit == shards.commit("00000")
+    assert commit == shards.read_record("00000")
     assert read_all(shards).num_rows == 3
 
 
@@ -226,7 +226,7 @@ def test_of_two_writers_one_commits_and_its_data_is_whole(shards):
 
         with ThreadPoolExecutor(4) as pool:
             results = list(pool.map(write, range(4)))
-        winner = shards.commit(unit)
+        winner = shards.read_record(unit)
         assert {commit.path for _, commit in results} == {winner.path}
         values = read_all(shards, unit)["ids"].combine_chunks().flatten().flatten()
         assert len(set(values.to_pylist())) == 1  # of one writer only
@@ -269,12 +269,12 @@ def test_every_damaged_byte_of_a_commit_record_is_found(shards):
             for flip in (1, 32, 128):
                 os.pwrite(file.fileno(), bytes([content[place] ^ flip]), place)
                 try:
-                    assert shards.commit("00000") == commit
+                    assert shards.read_record("00000") == commit
                 except CacheFormatError:
                     refused += 1
             os.pwrite(file.fileno(), content[place : place + 1], place)
     assert refused > 2.9 * len(content.strip())
-    assert shards.commit("00000") == commit
+    assert shards.read_record("00000") == commit
 
 
 def test_a_truncated_commit_record_is_found(shards):
@@ -304,7 +304,7 @@ def test_a_path_that_leaves_the_cache_is_refused(shards, path):
     shards.write("00000", SCHEMA, batches(3))
     forged(shards, path=path)
     with pytest.raises(CacheFormatError):
-        shards.commit("00000")
+        shards.read_record("00000")
 
 
 def test_a_record_of_another_unit_is_refused(shards):
@@ -337,14 +337,14 @@ def test_regions_must_cover_the_file(shards):
     for lie in regions_that_lie(regions, commit.bytes):
         forged(shards, regions=lie)
         with pytest.raises(CacheFormatError, match=r"regions|damaged"):
-            shards.open(shards.commit("00000"))
+            shards.open(shards.read_record("00000"))
 
 
 def test_the_field_that_is_wrong_is_named_in_a_line(shards):
     shards.write("00000", SCHEMA, batches(3))
     forged(shards, rows="some")
     with pytest.raises(CacheFormatError, match=r"damaged: rows: Input should be [^\[]*verify`"):
-        shards.commit("00000")
+        shards.read_record("00000")
 
 
 def test_a_record_without_facts_is_damaged(shards):
@@ -353,7 +353,7 @@ def test_a_record_without_facts_is_damaged(shards):
     del body["facts"], body["record"]
     record(shards).write_text(json.dumps(body | {"record": checksum(body)}))
     with pytest.raises(CacheFormatError, match=r"damaged: facts: Field required\."):
-        shards.commit("00000")
+        shards.read_record("00000")
 
 
 @pytest.mark.parametrize("content", [b"[]", b"3", b"null", b'{"record": 1}', b"{}", b'"x"'])
@@ -402,10 +402,10 @@ def test_rows_must_be_those_that_were_committed(shards):
     commit = shards.write("00000", SCHEMA, batches(3))
     forged(shards, rows=4)
     with pytest.raises(CacheFormatError, match="has 3 rows, not 4"):
-        shards.open(shards.commit("00000")).table()
+        shards.open(shards.read_record("00000")).table()
     forged(shards, rows=commit.rows + ROWS_PER_BATCH)
     with pytest.raises(CacheFormatError, match="record batches"):
-        shards.open(shards.commit("00000"))
+        shards.open(shards.read_record("00000"))
 
 
 def test_record_batches_must_have_the_rows_that_readers_count_on(shards):

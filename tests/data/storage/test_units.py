@@ -47,14 +47,14 @@ def test_what_is_left_out_is_counted_up_to_the_last_shard(last):
     """Of a corpus that ends by its limit: the record before its last document counts, too."""
     left_out = LeftOut()
     for document in (3, 8):
-        left_out.documents = document
+        left_out.kept_documents = document
         left_out.add(BadRecord("not JSON", "line"))
     ends = {last - 1: [5, 0], last: [9, 2]}  # the document, and its token, that comes next
     committed = {
         unit_of(shard): Commit(unit_of(shard), "data/x", 1, 1, "", (), {"next": following})
         for shard, following in ends.items()
     }
-    assert count_left_out(left_out, Commits(committed), ends_at=2)[0] == {"not JSON": 2}
+    assert count_left_out(left_out, Commits(committed), end_sequence=2)[0] == {"not JSON": 2}
 
 
 def test_texts_of_a_table_are_as_they_were():

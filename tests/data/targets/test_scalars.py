@@ -16,7 +16,7 @@ from rekindle.data.targets.scalars import (
     decode_scalars,
     read_scalars,
 )
-from rekindle.data.targets.schema import SCALARS
+from rekindle.data.targets.schema import POSITIONED_SCALARS
 
 TYPES = {
     "positions": np.uint16,
@@ -69,7 +69,7 @@ def test_the_targets_beside_them_do_not_count():
     assert sum_of(batch_of(COUNTS, flat)) == sum_of(batch_of(COUNTS, changed))
 
 
-@pytest.mark.parametrize("name", SCALARS)
+@pytest.mark.parametrize("name", POSITIONED_SCALARS)
 def test_every_bit_of_every_scalar_counts(name):
     flat = columns_of(COUNTS)
     seen = {sum_of(batch_of(COUNTS, flat))}
@@ -141,9 +141,9 @@ def full(seed):
 def test_they_are_read_alone_and_equal_what_was_written(tmp_path):
     batches = [full(0), full(1), batch_of(COUNTS, columns_of(COUNTS, 2))]
     found = read_scalars(write(tmp_path, *batches))
-    assert [b.schema.names for b in found] == [["digest", *SCALARS]] * 3
+    assert [b.schema.names for b in found] == [["digest", *POSITIONED_SCALARS]] * 3
     for one, other in zip(found, batches, strict=True):
-        assert one.equals(other.select(["digest", *SCALARS]))
+        assert one.equals(other.select(["digest", *POSITIONED_SCALARS]))
 
 
 def test_they_survive_the_way_through_a_file(tmp_path):
@@ -159,7 +159,7 @@ def test_units_without_a_sum_are_read_as_a_whole(tmp_path):
     assert FACT not in shard.commit.facts
     found = read_scalars(shard)
     assert [b.to_pydict() for b in found] == [
-        b.select(["digest", *SCALARS]).to_pydict() for b in batches
+        b.select(["digest", *POSITIONED_SCALARS]).to_pydict() for b in batches
     ]
 
 
@@ -181,14 +181,14 @@ def overwrite(shard: Shard, number: int, column: str) -> None:
     shard.source.path.write_bytes(content)
 
 
-@pytest.mark.parametrize("column", ["digest", *SCALARS])
+@pytest.mark.parametrize("column", ["digest", *POSITIONED_SCALARS])
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_changed_scalar_is_found(tmp_path, column, number):
     write(tmp_path, full(0), full(1), full(2))
     shards = ShardSet(LocalStore(tmp_path), "targets/t")
-    overwrite(shards.open(shards.commit("00000")), number, column)
+    overwrite(shards.open(shards.read_record("00000")), number, column)
     with pytest.raises(CacheFormatError):
-        read_scalars(shards.open(shards.commit("00000")))
+        read_scalars(shards.open(shards.read_record("00000")))
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -196,13 +196,13 @@ def test_changed_targets_beside_them_are_not_even_read(tmp_path, number):
     batches = [full(0), full(1), full(2)]
     write(tmp_path, *batches)
     shards = ShardSet(LocalStore(tmp_path), "targets/t")
-    overwrite(shards.open(shards.commit("00000")), number, "ids")
-    found = read_scalars(shards.open(shards.commit("00000")))
+    overwrite(shards.open(shards.read_record("00000")), number, "ids")
+    found = read_scalars(shards.open(shards.read_record("00000")))
     assert [b.to_pydict() for b in found] == [
-        b.select(["digest", *SCALARS]).to_pydict() for b in batches
+        b.select(["digest", *POSITIONED_SCALARS]).to_pydict() for b in batches
     ]
     with pytest.raises(CacheFormatError, match="checksum mismatch"):
-        shards.open(shards.commit("00000")).batch(number)
+        shards.open(shards.read_record("00000")).batch(number)
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -212,9 +212,9 @@ def test_changed_targets_beside_them_are_not_even_read(tmp_path, number):
 @given(st.lists(st.integers(0, 5), max_size=8), st.integers(0, 100))
 def test_flat_columns_and_numbers(counts, seed):
     flat = columns_of(counts, seed)
-    offsets, columns = flat_lists(batch_of(counts, flat), SCALARS)
+    offsets, columns = flat_lists(batch_of(counts, flat), POSITIONED_SCALARS)
     assert np.diff(offsets).tolist() == counts
-    assert columns.keys() == set(SCALARS)
+    assert columns.keys() == set(POSITIONED_SCALARS)
     found = decode_scalars(offsets, columns)
     assert found.offsets.dtype == np.int64
     assert np.array_equal(found.positions, flat["positions"])
@@ -227,7 +227,7 @@ def test_flat_columns_and_numbers(counts, seed):
 def test_flat_columns_of_a_slice():
     counts = [2, 3, 1, 4]
     flat = columns_of(counts)
-    offsets, columns = flat_lists(batch_of(counts, flat).slice(1, 2), SCALARS)
+    offsets, columns = flat_lists(batch_of(counts, flat).slice(1, 2), POSITIONED_SCALARS)
     assert offsets.tolist() == [0, 3, 4]
     assert np.array_equal(columns["entropy"], flat["entropy"][2:6])
 
@@ -238,4 +238,4 @@ def test_columns_of_other_lengths_are_refused():
     other = list_array(offsets_of([1, 2]), flat["entropy"])
     wrong = batch.set_column(batch.schema.get_field_index("entropy"), "entropy", other)
     with pytest.raises(CacheFormatError, match="'entropy' has other list lengths"):
-        flat_lists(wrong, SCALARS)
+        flat_lists(wrong, POSITIONED_SCALARS)

@@ -155,7 +155,7 @@ def test_what_is_kept_is_counted_and_shown(made):
     cache = Cache.open(made.cache.path)
     reader = cache.teacher("far")
     lengths = [len(cache.example(i).input_ids) - 1 for i in range(len(cache))]
-    share, mass = reader.mapped
+    share, mass = reader.mapped_coverage
     assert share == reader.positions / sum(lengths)
     assert reader.coverage == 1  # no unit is missing
     assert reader.info.mapped > 100
@@ -216,7 +216,7 @@ def test_dense_targets_are_of_the_common_tokens(tmp_path, configure, text, bytel
     (target,) = cache.example(0).targets["far"]
     mass = np.exp(target.log_probs.astype(np.float64)).sum(axis=1)
     np.testing.assert_allclose(mass, 1, atol=1e-4)
-    assert cache.teacher("far").mapped[1] < 1
+    assert cache.teacher("far").mapped_coverage[1] < 1
 
 
 @pytest.mark.parametrize(
