@@ -69,7 +69,9 @@ def test_the_configurations_are_files_that_the_commands_read(
     assert {"expert", "longer", "mlm"} == {*whole.primary.against}
     assert cycle_config(tmp_path, FULL).seeds == 5  # as --quick says
     assert whole.all_teach  # no seed of an expert is chosen, by dev or otherwise
-    assert {name: (one.tasks, one.masked) for name, one in students_of(whole).items()} == {
+    assert {
+        name: (one.tasks, one.learns_masked_lm) for name, one in students_of(whole).items()
+    } == {
         "mixture": (("part", "kind"), True),
         "mlm": ((), True),
     }
