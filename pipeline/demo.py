@@ -180,7 +180,7 @@ def start_config(home: Path, settings: DemoSettings) -> RunConfig:
     targets = {"kind": "topk", "k": 16, "temperatures": [1.0]}
     shared_values = cycle.train.model_dump(include={"seed", "batch_sequences", "held_out"})
     values = {
-        "corpus": cycle.text_of(""),
+        "corpus": cycle.corpus_of(""),
         "cache": cycle.cache.model_dump(),
         "teachers": [
             {

@@ -46,7 +46,7 @@ def cache(config_file: Path, names: Sequence[str], marker: Path, report: Report)
     write_json(marker, {"seconds_of_last_call": time.perf_counter() - start_time})
 
 
-def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Report) -> None:
+def count_held_texts(config_file: Path, tests: Sequence[Path], out: Path, report: Report) -> None:
     """Count the records of a cached text that contain a text of ``tests``, and those left out for
     that reason; neither if the text is gone.
     """
@@ -118,19 +118,17 @@ def search(tuning: FineTuning, config: FinetuneConfig, report: Report) -> None:
 
 
 def fine_tune(
-    tuning: FineTuning, scored_settings: Sequence[tuple[FinetuneConfig, Path]], report: Report
+    tuning: FineTuning, candidates: Sequence[tuple[FinetuneConfig, Path]], report: Report
 ) -> None:
-    """Run ``pipeline finetune`` with the settings in ``scored_settings`` that scored best on dev.
+    """Run ``pipeline finetune`` with the settings among ``candidates`` that scored best on dev.
 
-    The mean scores are in the metrics.json beside the settings; of equals, the first wins. Every
-    seed is scored on test.
+    Each candidate names the metrics.json with its mean score, which is read if there are several;
+    of equals, the first wins. Every seed is scored on test.
     """
-    config = scored_settings[0][0]
-    if len(scored_settings) > 1:
-        means = [
-            json.loads(path.read_text(encoding="utf-8"))["mean"] for _, path in scored_settings
-        ]
-        config = scored_settings[means.index(max(means))][0]
+    config = candidates[0][0]
+    if len(candidates) > 1:
+        means = [json.loads(path.read_text(encoding="utf-8"))["mean"] for _, path in candidates]
+        config = candidates[means.index(max(means))][0]
     _finetune(tuning, tuning.out, config, report, test=str(tuning.task / "test.jsonl"))
 
 
@@ -159,7 +157,7 @@ def score_head(tuning: FineTuning, config: FinetuneConfig, report: Report) -> No
     evaluate`` does, without training. ``seeds`` holds the student's number.
 
     ``config`` says what the files mean, and how long a text may be. Raise InputError if the student
-    in ``one.model`` has no such head, or several.
+    in ``tuning.model`` has no such head, or several.
     """
     from rekindle.train.answers.score import score_model
     from rekindle.train.student import saved_heads

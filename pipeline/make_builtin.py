@@ -37,7 +37,7 @@ from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.untrained_model import make_model
-from rekindle.train.finetune.config import FixedBudget
+from rekindle.train.finetune.config import ComparisonFinetuneConfig
 from rekindle.train.record.run_folder import locked_folder
 
 Recipe = Callable[..., None]  # called with ``out`` and ``report``
@@ -206,7 +206,7 @@ def pretrain(
 def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
     """Fine-tune an expert as ``pipeline finetune`` does."""
     values = SETTINGS.finetune | {"max_length": SETTINGS.sequence_length}
-    config = parse_settings(FixedBudget, values)
+    config = parse_settings(ComparisonFinetuneConfig, values)
     tuning = job_functions.FineTuning(model, task, out, range(1))
     job_functions.fine_tune(tuning, [(config, out)], report)
 

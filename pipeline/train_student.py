@@ -17,8 +17,8 @@ from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.distributed import join_world
 from rekindle.train.loop import EVERYTHING, TrainResult, train_student
-from rekindle.train.measures import PULL, RATIO
-from rekindle.train.objective.pulls import describe_pulls
+from rekindle.train.measures import GRADIENT, GRADIENT_RATIO
+from rekindle.train.objective.term_gradients import describe_gradients
 from rekindle.train.order.length import in_steps
 from rekindle.train.record.identity import recorded_extent, steps_of_run, with_former_defaults
 from rekindle.train.record.stored_run import upload_finished
@@ -54,20 +54,22 @@ def train_from_config(
         join_world() as world,
         progress.task(shown_folder(out), unit="steps", total=total) as task,
     ):
-        pulls = ""  # as last measured
+        gradients = ""  # as last measured
 
         def report(step: int, values: Mapping[str, float]) -> None:
-            nonlocal pulls
-            pulls = describe_pulls(values) or pulls
+            nonlocal gradients
+            gradients = describe_gradients(values) or gradients
             if not task.done:  # start-up and the steps of an earlier call do not count as speed
                 task.begin(step)
                 return
             task.advance(step - task.done, tokens=values["tokens"])
             speed = filter(None, [task.rates()])
-            losses = {k: v for k, v in values.items() if not k.startswith((PULL, RATIO))}
+            losses = {
+                k: v for k, v in values.items() if not k.startswith((GRADIENT, GRADIENT_RATIO))
+            }
             terms = [f"{k} {v:.3f}" for k, v in losses.items() if k == "ce" or "/" in k]
             wait = f"wait {values['data_wait']:.1%}"
-            parts = [f"loss {values['loss']:.3f}", *speed, wait, *terms, pulls]
+            parts = [f"loss {values['loss']:.3f}", *speed, wait, *terms, gradients]
             task.note(" · ".join(filter(None, parts)))
 
         if resume:

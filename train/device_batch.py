@@ -287,6 +287,9 @@ def language_rows(batch: Batch, task: str, device: torch.device) -> LanguageRows
     return LanguageRows(inputs, send(keys, device), send(labels, device), keys)
 
 
+CLEAN_TEXT = ""  # the view of experts that saw the text itself, where inputs are kept by view
+
+
 def inputs_of(batch: Batch, view: str, device: torch.device) -> Inputs:
     """Return what the student sees for an expert that saw ``view``: that view's sentence pairs, or
     the clean text.

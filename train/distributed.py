@@ -297,8 +297,8 @@ class Built(Protocol):
         """Return the student."""
 
     @property
-    def recorded(self) -> Recording | None:
-        """Return how to fill it, if it has no memory yet."""
+    def deferred_init(self) -> Recording | None:
+        """Return the operations that give it its values, if it is built on fake tensors."""
 
 
 AnyBuilt = TypeVar("AnyBuilt", bound=Built)
@@ -319,7 +319,7 @@ def build_in_shards(
         try:
             built = world.agree(lambda: build(True))
             return built, world.agree(
-                lambda: ParallelStudent(built.student, world, mesh, built.recorded)
+                lambda: ParallelStudent(built.student, world, mesh, built.deferred_init)
             )
         except Undeferrable as error:
             reason = str(error)

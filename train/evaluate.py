@@ -27,7 +27,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import inputs_of, kd_targets, language_rows, sparse_targets
 from rekindle.train.distributed import World
-from rekindle.train.measures import MEASURE, TEACHERS_SINCE
+from rekindle.train.measures import EVALUATION_VERSION, TEACHER_VALUES_VERSION
 from rekindle.train.method import Method
 from rekindle.train.method_names import is_better_upwards
 from rekindle.train.model.passes import SharedPasses
@@ -35,7 +35,7 @@ from rekindle.train.objective.held_out_loss import HeldOutLoss, Sums, add_sums, 
 from rekindle.train.objective.language_loss import head_loss
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.selection import StepPlan, at_masked_positions
-from rekindle.train.objective.task_pass import run_heads, taught_rows
+from rekindle.train.objective.task_pass import align_with_targets, run_heads
 from rekindle.train.objective.vector_loss import vector_sums, vector_values
 from rekindle.train.student import Student
 
@@ -55,7 +55,7 @@ class EvaluationData:
     domains: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     terms: Mapping[str, DistillTerm] = field(default_factory=dict)  # by teacher
     objective: Objective | None = None  # defines `loss`; None: there is no such value
-    measure: int = MEASURE  # the rule of the run, which it keeps from its start
+    evaluation_version: int = EVALUATION_VERSION  # the run's, which it keeps from its start
     longest_first: bool = False  # each process reads its share by length: batches are hardly padded
 
     @property
@@ -63,14 +63,14 @@ class EvaluationData:
         """Return whether the objective is measured; earlier runs called the cross-entropy
         `loss`.
         """
-        return self.objective is not None and self.measure >= MEASURE
+        return self.objective is not None and self.evaluation_version >= EVALUATION_VERSION
 
     @property
     def reads_text(self) -> bool:
         """Return whether the cross-entropy is measured: not if nothing trains the
         language model.
         """
-        return self.objective is None or not self.has_loss or self.objective.trains_text
+        return self.objective is None or not self.has_loss or self.objective.trains_lm_head
 
     def at(self, plan: StepPlan) -> "EvaluationData":
         """Return what is evaluated after the step of ``plan``: its teachers and methods (those of
@@ -197,7 +197,7 @@ def evaluate(
 
 def _domain_value_names(data: EvaluationData, values: Mapping[str, float]) -> list[str]:
     """Return the name of a domain's one value, if it is there."""
-    name = "ce" if data.reads_text and data.measure >= MEASURE else "loss"
+    name = "ce" if data.reads_text and data.evaluation_version >= EVALUATION_VERSION else "loss"
     return [name] if name in values else []
 
 
@@ -217,7 +217,7 @@ def _mean_values(
         loss.join(world)
     means = {name: float(total / count) for name, (total, count) in totals.items() if count}
     loss_mean = None if loss is None else loss.mean()
-    if data.measure < MEASURE and "ce" in means:
+    if data.evaluation_version < EVALUATION_VERSION and "ce" in means:
         loss_mean = means.pop("ce")
     return means if loss_mean is None else {"loss": loss_mean, **means}
 
@@ -286,7 +286,7 @@ def _vocabulary_sums(
     data: EvaluationData,
 ) -> tuple[Sums, float]:
     """Return the values for a vocabulary teacher, and the sum of the loss that it teaches."""
-    head, by_first_rule = student.output_head, data.measure < TEACHERS_SINCE
+    head, by_first_rule = student.output_head, data.evaluation_version < TEACHER_VALUES_VERSION
     k = data.terms[name].k if name in data.terms and not by_first_rule else None
     temperature = target.kind.readable_temperature
     targets = kd_targets(target, temperature, k, device)
@@ -326,7 +326,7 @@ def _task_sums(
     head_name, classes = imitating
     inputs = inputs_of(batch, target.info.view, device)
     output = run_heads(student, inputs, batch, {head_name: target})
-    logits, teacher_logits = taught_rows(output.logits[head_name], target)
+    logits, teacher_logits = align_with_targets(output.logits[head_name], target)
     logits = logits.float()[:, classes]
     count = len(logits)
     if not count:
@@ -355,7 +355,7 @@ def _vector_sums(
     output = run_heads(student, inputs, batch, {name: target})  # in every process
     if not len(target.rows):
         return {}
-    values = vector_sums(*taught_rows(output.logits[name], target))
+    values = vector_sums(*align_with_targets(output.logits[name], target))
     return {
         f"{value_name}/{name}": (value, len(target.rows)) for value_name, value in values.items()
     }

@@ -23,7 +23,7 @@ from rekindle.train.export.finished import make_model_directory
 from rekindle.train.export.provenance import Provenance
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
 from rekindle.train.interrupts import Interrupted, Stop, reporting_interrupts
-from rekindle.train.measures import MEASURE, UNSEEN
+from rekindle.train.measures import EVALUATION_VERSION, UNSEEN
 from rekindle.train.model.unfinished import RUN_FILE, SUMMARY_FILE
 from rekindle.train.objective.selection import StepPlan
 from rekindle.train.optimizer import configured_adamw
@@ -46,9 +46,9 @@ from rekindle.train.record.identity import (
     begin_record,
     check_corpus_not_grown,
     check_run,
+    evaluation_version_of_run,
     is_finished,
     keys_that_may_change,
-    measure_of_run,
     recorded_extent,
     steps_of_run,
     student_files,
@@ -165,10 +165,12 @@ def _begin(
     """Prepare a run and do what is left of it."""
     started = time.monotonic()
     world.decide(lambda: check_trackers(config.report_to))
-    measure = world.decide(lambda: measure_of_run(out) if resume else MEASURE)
+    evaluation_version = world.decide(
+        lambda: evaluation_version_of_run(out) if resume else EVALUATION_VERSION
+    )
     mesh = world.mesh(config.parallel)
 
-    run_settings = (cache, student_config, config, masked_view, world, measure)
+    run_settings = (cache, student_config, config, masked_view, world, evaluation_version)
     build = partial(prepare, *run_settings, is_continued=resume)
     grows = student_config.grow is not None
     if mesh is None:
@@ -177,8 +179,8 @@ def _begin(
         prepared, in_shards = build_in_shards(build, world, mesh, grows)
     files = world.decide(lambda: {STUDENT_FILES: student_files(student_config)})
     prepared.about.update(files)
-    balanced = prepared.objective.balance > 0
-    free = keys_that_may_change(student_config, config, balanced)
+    has_load_balancing = prepared.objective.load_balancing_weight > 0
+    free = keys_that_may_change(student_config, config, has_load_balancing)
 
     def inspect() -> bool:
         return check_run(out, prepared.about, resume, free)
@@ -186,8 +188,10 @@ def _begin(
     if world.decide(lambda: resume and is_finished(out) and inspect()):
         return world.decide(lambda: TrainResult.of(out))
     with ExitStack() as resources:  # the main process holds the folder until the run is finished
-        if balanced:  # advice for other students would lead to a refusal
-            advice, settings = memory_advice(config, world.size, world.device.type, balanced)
+        if has_load_balancing:  # advice for other students would lead to a refusal
+            advice, settings = memory_advice(
+                config, world.size, world.device.type, has_load_balancing
+            )
             resources.enter_context(
                 report_shortage(out, lambda: describe_kept(out), advice, settings)
             )

@@ -1,4 +1,5 @@
-"""Report a lack of memory or disk as such: what was kept, and what to change.
+"""Turn out-of-memory, full-disk and lost-process errors into messages that say what was kept and
+what to change.
 
 torch, safetensors, TensorBoard and pyarrow each raise their own errors for these.
 """
@@ -74,16 +75,17 @@ def report_shortage(
 
 
 def memory_advice(
-    config: TrainConfig, world_size: int, device_type: str, balanced: bool = False
+    config: TrainConfig, world_size: int, device_type: str, has_load_balancing: bool = False
 ) -> tuple[str, tuple[str, ...]]:
     """Return what takes less memory in training, with the current values; and what to try first.
 
-    ``balanced``: the student has a load-balancing loss, which micro_batch_sequences changes too.
+    ``has_load_balancing``: the student has a load-balancing loss, which micro_batch_sequences
+    changes too.
     """
     own_sequences = config.batch_sequences // world_size
     size = min(config.micro_batch_sequences or own_sequences, own_sequences)
     settings: tuple[str, ...] = ()
-    if size > 1 and not balanced:
+    if size > 1 and not has_load_balancing:
         settings = (f"train.micro_batch_sequences={-(-size // 2)}",)
     elif not config.gradient_checkpointing:
         settings = ("train.gradient_checkpointing=true",)
@@ -96,7 +98,7 @@ def memory_advice(
     other_ways = "a shorter corpus.sequence_length"
     if bf16_saves(precision, device_type):
         other_ways = f"a student in train.precision bf16 (now {precision}), or {other_ways}"
-    if balanced:
+    if has_load_balancing:
         return (
             f"To continue with --resume, {recomputing}: it changes no batch. In another --out: "
             f"a lower {fewer_sequences}, which changes the load-balancing loss of this student, "

@@ -31,7 +31,8 @@ from rekindle.train.schedules import (
 
 USUAL_STEPS = 1000
 LENGTHS = ("steps", "epochs", "tokens")  # a run has exactly one of them
-LENGTH = "length"  # the section of a run's record with the steps that another length came to
+# The section of a run's record with the steps that another length came to.
+LENGTH_SECTION = "length"
 
 
 def _zero_for_null(value: object) -> object:
@@ -176,7 +177,7 @@ def _has_other_length(given: dict[str, Any]) -> bool:
 
 def recorded_steps(record: Mapping[str, Any]) -> int | None:
     """Return the steps of a ``run.json``; None if the run has not begun."""
-    found: int | None = (record.get(LENGTH) or record["train"]).get("steps")
+    found: int | None = (record.get(LENGTH_SECTION) or record["train"]).get("steps")
     return found
 
 

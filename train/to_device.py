@@ -24,6 +24,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.kernels.checks import TargetObjects
 from rekindle.kernels.hidden import DenseTargets
 from rekindle.train.device_batch import (
+    CLEAN_TEXT,
     Inputs,
     LanguageRows,
     clean_inputs,
@@ -151,8 +152,8 @@ def to_device(
     ks = by_name(k, language_models, "k", teachers_note)
     rows = _rows(batch, task, device)
     masked = batch.masked is not None and task == "masked_lm"
-    # by view of pairs; "": the text
-    inputs_by_view: dict[str, Inputs] = {} if masked else {"": rows.inputs}
+    # by view of sentence pairs, or CLEAN_TEXT
+    inputs_by_view: dict[str, Inputs] = {} if masked else {CLEAN_TEXT: rows.inputs}
     targets: dict[str, DeviceTargets | DeviceLogits | DeviceVectors] = {}
     for name, target in batch.targets.items():
         if isinstance(target, TokenTargetBatch):
@@ -164,7 +165,7 @@ def to_device(
             )
             continue
         assert isinstance(target, SequenceTargetBatch | TokenLabelBatch | EmbeddingBatch)
-        view = target.info.view if target.info.view_class.paired else ""
+        view = target.info.view if target.info.view_class.paired else CLEAN_TEXT
         if view not in inputs_by_view:
             inputs_by_view[view] = inputs_of(batch, target.info.view, device)
         if isinstance(target, EmbeddingBatch):

@@ -23,7 +23,7 @@ from rekindle.train.config import StudentConfig
 from rekindle.train.model.folder import HUB_ID
 from rekindle.train.model.headers import check_teacher_files
 from rekindle.train.objective.terms import check_terms
-from rekindle.train.prepare import check_tokenizer
+from rekindle.train.prepare import load_checked_tokenizer
 from rekindle.train.student import check_student
 
 FIRST_SEQUENCES = 64  # of the corpus
@@ -88,6 +88,6 @@ def plan_all(corpus: Corpus, config: RunConfig, teachers: Sequence[TeacherConfig
         return
     if not _is_elsewhere(config.student.model):
         check_student(config.student, corpus.tokenizer.size, config.corpus.sequence_length)
-        check_tokenizer(corpus, config.student)
+        load_checked_tokenizer(corpus, config.student)
     terms = [t for t in config.train.objective.distill if {*t.teachers} <= infos.keys()]
     check_terms(terms, infos, config.student.language_task)

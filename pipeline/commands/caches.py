@@ -90,7 +90,7 @@ def cache_teachers(
             config.teachers_named(teacher)
         from rekindle.pipeline.caching.cache_teachers import cache_teachers as stage_one
         from rekindle.pipeline.caching.make_unit import follow
-        from rekindle.pipeline.caching.shared_out import check_processes, in_step
+        from rekindle.pipeline.caching.model_parallel import check_processes, in_step
         from rekindle.pipeline.stages.run import cache_stages
 
         chosen = [entry for entry in config.teachers if not teacher or entry.name in teacher]
@@ -156,7 +156,7 @@ def plan(
         typer.echo(listed if as_json else "\n".join(stage.as_text() for stage in stages))
         return
     from rekindle.pipeline.plan.run import plan_run
-    from rekindle.pipeline.plan.text import shown_plan, wrapped
+    from rekindle.pipeline.plan.text import format_plan, wrapped
 
     run_plan = plan_run(config, probe, scale)
     cluster = None if nodes is None else on_nodes(run_plan, nodes, assumptions)
@@ -164,7 +164,7 @@ def plan(
         cluster_facts = {} if cluster is None else {"cluster": vars(cluster)}
         typer.echo(json.dumps(run_plan.as_dict() | cluster_facts))
         return
-    typer.echo(shown_plan(run_plan), nl=False)
+    typer.echo(format_plan(run_plan), nl=False)
     if cluster is not None:
         typer.echo("\n".join(wrapped(cluster_lines(cluster))))
 

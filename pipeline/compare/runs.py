@@ -20,12 +20,12 @@ from rekindle.pipeline.plain_values import for_json
 from rekindle.pipeline.report.table import best_rows
 from rekindle.pipeline.several_runs import SECTIONS, STAGES_FILE, SWEEP_FILE, read_runs
 from rekindle.pipeline.sweep.grid import shortest_tails
-from rekindle.train.measures import MEASURE, UNSEEN, measure_of, true_names
+from rekindle.train.measures import EVALUATION_VERSION, UNSEEN, evaluation_version_of, true_names
 from rekindle.train.method_names import is_better_upwards
 from rekindle.train.record.run_folder import differences, read_record, reading_record
 from rekindle.train.record.run_log import METRICS_FILE, read_metrics
 from rekindle.train.record.summary import read_summary
-from rekindle.train.step_config import LENGTH, recorded_steps
+from rekindle.train.step_config import LENGTH_SECTION, recorded_steps
 
 Facts = dict[str, Any]  # a JSON object as a run wrote it
 LOSS = "loss"
@@ -76,7 +76,7 @@ class RunFolder:
     settings: dict[str, Facts]
     cache: Facts
     records: list[Facts] = field(default_factory=list)
-    measure: int = MEASURE  # the rule by which its held-out values are measured
+    evaluation_version: int = EVALUATION_VERSION  # how its held-out values are measured
 
     @property
     def teachers(self) -> list[str]:
@@ -212,15 +212,16 @@ def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | N
         for name, seconds in (cache.get("teacher_seconds") or {}).items():
             if type(seconds) not in (int, float, NoneType):
                 raise TypeError(f"cache.teacher_seconds.{name} is {seconds!r:.80}, no number")
-        measure = measure_of(about)
-        if LENGTH in about:  # given in epochs or tokens: the number of steps found at the start
+        evaluation_version = evaluation_version_of(about)
+        # A length given in epochs or tokens: the number of steps found at the start.
+        if LENGTH_SECTION in about:
             length = {"steps": recorded_steps(about), "epochs": None, "tokens": None}
             settings["train"] |= length
     records = [
-        true_names(one, measure) if one["kind"] == "evaluate" else one
+        true_names(one, evaluation_version) if one["kind"] == "evaluate" else one
         for one in read_metrics(directory)
     ]
-    return RunFolder(directory, settings, cache, records, measure)
+    return RunFolder(directory, settings, cache, records, evaluation_version)
 
 
 def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
@@ -267,7 +268,9 @@ def _read_run(
         seconds=summary.get("seconds"),
         tokens_per_second=sum(r["tokens"] for r in steps) / step_seconds if step_seconds else None,
         data_wait=steps[-1].get("data_wait") if steps else None,
-        evaluation=true_names(summary.get("evaluation", {}), one.measure) if summary else last,
+        evaluation=true_names(summary.get("evaluation", {}), one.evaluation_version)
+        if summary
+        else last,
         coverage=summary.get("coverage", {}),
         scores=mean_scores(one.directory),
         settings=settings,

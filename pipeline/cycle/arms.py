@@ -15,7 +15,7 @@ ARMS: dict[Arm, str] = {
     "committee": "on the same text with all seeds of the task's expert together, fine-tuned",
     "mixture": "with masked LM and the experts of all tasks (MoEGP), fine-tuned",
 }
-USUAL: tuple[Arm, ...] = ("expert", "longer", "mlm", "kd", "both", "mixture")
+DEFAULT_ARMS: tuple[Arm, ...] = ("expert", "longer", "mlm", "kd", "both", "mixture")
 # Arms that may coincide with another one, with that one and the reason to leave them out then.
 TWINS: Mapping[Arm, tuple[Arm, str]] = {
     "mixture": ("both", "with one task it is the same student as both"),

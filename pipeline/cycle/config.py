@@ -19,21 +19,21 @@ from rekindle.data.places import same_place
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.pipeline.builtin.names import resolve_values
 from rekindle.pipeline.config import CacheConfig, read_values
-from rekindle.pipeline.cycle.arms import ARMS, MASKED, TWINS, USUAL, Arm
+from rekindle.pipeline.cycle.arms import ARMS, DEFAULT_ARMS, MASKED, TWINS, Arm
 from rekindle.pipeline.cycle.sections import (
     CycleCacheConfig,
     CycleCorpusConfig,
     CycleTask,
     ExpertsConfig,
+    PartialDistillTerm,
     Point,
     PrimaryConfig,
     Search,
-    SomeOfTerm,
     check_names,
     parse_search,
 )
 from rekindle.train.config import DistillTerm, StudentConfig, TrainConfig
-from rekindle.train.finetune.config import FORMER_FIELDS, FixedBudget, TaskSettings
+from rekindle.train.finetune.config import FORMER_FIELDS, ComparisonFinetuneConfig, TaskSettings
 from rekindle.train.schedules import Seed, is_used
 
 _ARMS_SET = "is what the arms set"
@@ -70,31 +70,31 @@ class CycleConfig(Settings):
     )
     experts: ExpertsConfig = Field(
         default_factory=ExpertsConfig,
-        description="the experts' model, if it is another one; who teaches",
+        description="model of the experts if not student.model; which of their seeds teach",
     )
     train: TrainConfig = Field(
         default_factory=TrainConfig,
-        description="how all students are trained; objective.hard is μ of masked LM",
+        description="how all students are trained; objective.hard.weight weighs the masked-LM loss",
     )
     tasks: tuple[CycleTask, ...] = Field(min_length=1, description="the labelled tasks")
-    distill: SomeOfTerm = Field(
+    distill: PartialDistillTerm = Field(
         default_factory=dict,
-        description="settings of every expert's term (weight is λ, temperature, view, …); "
+        description="settings of every expert's term (weight, temperature, view, …); "
         "divergence defaults to mse for regressions",
     )
-    pseudo: SomeOfTerm = Field(
+    pseudo: PartialDistillTerm = Field(
         default_factory=dict,
         description="settings of the term of the arm pseudo (confidence, weight, view); "
         "confidence defaults to 0",
     )
     arms: tuple[Arm, ...] = Field(
-        USUAL,
+        DEFAULT_ARMS,
         validate_default=True,
         description=f"what is compared, of {', '.join(ARMS)}; expert is always included, and "
         "start if experts.model is another one",
     )
-    finetune: FixedBudget = Field(
-        default_factory=FixedBudget, description="how every model is fine-tuned"
+    finetune: ComparisonFinetuneConfig = Field(
+        default_factory=ComparisonFinetuneConfig, description="how every model is fine-tuned"
     )
     search: Search = Field(
         default_factory=dict,
@@ -126,7 +126,7 @@ class CycleConfig(Settings):
 
     @field_validator("arms")
     @classmethod
-    def _with_experts(cls, value: tuple[Arm, ...], info: ValidationInfo) -> tuple[Arm, ...]:
+    def _add_required_arms(cls, value: tuple[Arm, ...], info: ValidationInfo) -> tuple[Arm, ...]:
         experts, student = info.data.get("experts"), info.data.get("student")
         always = {"expert"}
         if experts and student and _is_other_model(experts.model, student.model):
@@ -135,11 +135,11 @@ class CycleConfig(Settings):
 
     @field_validator("search")
     @classmethod
-    def _searched(cls, value: Search) -> Search:
+    def _parse_search(cls, value: Search) -> Search:
         return parse_search(value)
 
     @model_validator(mode="after")
-    def _consistent(self) -> "CycleConfig":
+    def _check_consistency(self) -> "CycleConfig":
         check_names([task.name for task in self.tasks])
         _refuse_keys(self, _NOT_OF_A_CYCLE)
         if self.student.task != "masked_lm":
@@ -151,8 +151,8 @@ class CycleConfig(Settings):
             )
         if not is_used(self.train.objective.hard.weight) and {*MASKED} & {*self.arms}:
             raise ValueError(
-                "train.objective.hard.weight is 0: mlm would learn nothing, and both and mixture "
-                "no masked LM. The arm kd does without it; leave the others out of arms"
+                "train.objective.hard.weight is 0: the arm 'mlm' would learn nothing, and the arms "
+                "'both' and 'mixture' no masked LM. Leave them out of arms; 'kd' needs no masked LM"
             )
         if self.students > self.seeds:
             raise ValueError(
@@ -170,7 +170,7 @@ class CycleConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _experts_teach(self) -> "CycleConfig":
+    def _check_teaching(self) -> "CycleConfig":
         if self.experts.finetune and not self.has_other_experts:
             raise ValueError(
                 "experts.finetune is for experts of another model (experts.model); experts of the "
@@ -193,7 +193,7 @@ class CycleConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _has_texts(self) -> "CycleConfig":
+    def _check_texts(self) -> "CycleConfig":
         own = [task.name for task in self.tasks if task.corpus]
         if not own and not self.corpus.source:
             raise ValueError("corpus.source is missing: name the unlabelled text")
@@ -208,8 +208,9 @@ class CycleConfig(Settings):
                     f"the corpus of task {task.name!r} names a tokenizer, but students always use "
                     "that of student.model; set only corpus.tokenizer"
                 )
-            self.text_of(task.name)
-        if self.test_texts == "remove" and any(self.text_of(t).without_fields for t in self.texts):
+            self.corpus_of(task.name)
+        corpora = map(self.corpus_of, self.text_names)
+        if self.test_texts == "remove" and any(corpus.without_fields for corpus in corpora):
             raise ValueError(
                 "corpus.without_fields would also apply to the tasks' test files, which have "
                 "their own fields: leave it out, or give test_texts: keep"
@@ -262,11 +263,11 @@ class CycleConfig(Settings):
         }
         return {arm: twin for arm, (twin, _) in TWINS.items() if same[arm]}
 
-    def without_twins(self, begun: Collection[str] = ()) -> "CycleConfig":
-        """Leave out each arm that coincides with another one, and use that one instead. Arms with
-        which the cycle was ``begun`` stay.
+    def without_twins(self, recorded_arms: Collection[str] = ()) -> "CycleConfig":
+        """Leave out each arm that coincides with another one, and use that one instead. Those
+        of ``recorded_arms``, with which the cycle was begun, stay.
         """
-        twins = {arm: twin for arm, twin in self.twins.items() if arm not in begun}
+        twins = {arm: twin for arm, twin in self.twins.items() if arm not in recorded_arms}
         arms = {twins.get(arm, arm) for arm in self.arms}
         changed: dict[str, object] = {"arms": tuple(arm for arm in ARMS if arm in arms)}
         if self.primary is not None:
@@ -278,16 +279,15 @@ class CycleConfig(Settings):
     # --- the text ---------------------------------------------------------------------------------
 
     @property
-    def texts(self) -> tuple[str, ...]:
-        """The tasks with their own text; a single empty name if all share one."""
-        own = tuple(task.name for task in self.tasks if task.corpus)
-        return own or ("",)
+    def text_names(self) -> tuple[str, ...]:
+        """The names of the texts: of the tasks with their own corpus; ("",) if all share one."""
+        return tuple(task.name for task in self.tasks if task.corpus) or ("",)
 
-    def text_of(self, name: str) -> CorpusConfig:
-        """Return the text of that name (see ``texts``)."""
+    def corpus_of(self, text_name: str) -> CorpusConfig:
+        """Return the corpus of the text of that name (see ``text_names``)."""
         common = self.corpus.model_dump(mode="json", exclude_unset=True)
-        own = next((task.corpus for task in self.tasks if task.name == name), {})
-        label = f"corpus of task {name!r}" if own else "corpus"
+        own = next((task.corpus for task in self.tasks if task.name == text_name), {})
+        label = f"corpus of task {text_name!r}" if own else "corpus"
         corpus = parse_settings(CorpusConfig, common | own, label)
         if corpus.contents != {"text"}:
             raise InputError(f"{label}: a cycle reads texts; its source has dialogues or tokens")
@@ -324,8 +324,8 @@ class CycleConfig(Settings):
         ]
 
     @property
-    def seeds_of_search(self) -> range:
-        """The seeds of the search; none is compared, so those compared have selected nothing."""
+    def search_seed_range(self) -> range:
+        """Seeds of the search alone: no scored fine-tuning had a part in the choice of settings."""
         first = max(self.seeds, self.expert_seeds)
         return range(first, first + self.search_seeds)
 
@@ -334,7 +334,7 @@ class CycleConfig(Settings):
         keys = list(self.search)
         return [dict(zip(keys, v, strict=True)) for v in itertools.product(*self.search.values())]
 
-    def finetune_of(self, task: CycleTask, point: Point, arm: str) -> FixedBudget:
+    def finetune_of(self, task: CycleTask, point: Point, arm: str) -> ComparisonFinetuneConfig:
         """Return how ``arm``'s model is fine-tuned on ``task``; ``longer``: twice the epochs."""
         config = self.finetune
         experts = self.experts.finetune if arm == "expert" else {}
@@ -342,7 +342,7 @@ class CycleConfig(Settings):
             (task.finetune | point, f"finetune of task {task.name!r}"),
             (experts | point if experts else {}, "experts.finetune"),
         ):
-            parsed = parse_settings(FixedBudget, values, label)
+            parsed = parse_settings(ComparisonFinetuneConfig, values, label)
             changed = {key: getattr(parsed, key) for key in parsed.model_fields_set}
             config = config.model_copy(update=changed)
         if arm != "longer":
@@ -361,14 +361,14 @@ class CycleConfig(Settings):
 
     def term_of(self, task: CycleTask, regression: bool, arm: str) -> DistillTerm:
         """Return the distillation term for the expert on ``task`` in an arm."""
-        default = {"divergence": "mse"} if regression else {}
-        values = default | self.distill | task.distill
+        values = ({"divergence": "mse"} if regression else {}) | self.distill | task.distill
         label = f"distill of task {task.name!r}"
         if arm == "pseudo":
             values = {key: values[key] for key in ("weight", "view") if key in values}
             values |= {"divergence": "pseudo_label", "confidence": 0.0} | self.pseudo
             label = "pseudo"
         teachers = self.teachers_of(task.name, arm)
+        # the mean of an expert's seeds; not the arm mixture, of all tasks' experts
         combine = {"combine": "mixture"} if len(teachers) > 1 else {}
         return parse_settings(DistillTerm, values | combine | {"teachers": teachers}, label)
 

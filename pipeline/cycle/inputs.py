@@ -358,7 +358,7 @@ def _check_model(model: str, key: str) -> Path:
 
 def check_teaching(config: CycleConfig, tasks: Sequence[TaskFiles]) -> None:
     """Raise InputError for a task whose expert cannot teach an arm as the arm requires."""
-    for text in config.texts:
+    for text in config.text_names:
         _check_pairs(config, text, tasks)
     for one in tasks:
         task, problem = f"task {one.task.name!r} is", one.splits["train"].problem
@@ -381,7 +381,7 @@ def check_teaching(config: CycleConfig, tasks: Sequence[TaskFiles]) -> None:
 
 def _check_pairs(config: CycleConfig, text: str, tasks: Sequence[TaskFiles]) -> None:
     """Raise InputError for an expert that cannot read a text of paired records."""
-    if config.text_of(text).pair_field is None:
+    if config.corpus_of(text).pair_field is None:
         return
     experts = {task for _, task, _ in teachers_on(config, text)}
     label = f"the text of task {text!r}" if text else "the text"

@@ -10,7 +10,7 @@ from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.finetuned import folder_of, own_head_folder, student_folder
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER, TaskFiles, test_files
 from rekindle.pipeline.cycle.run_files import CACHE_FILE, CORPUS_FILE, of_text
-from rekindle.pipeline.cycle.scores import HELD_FILE
+from rekindle.pipeline.cycle.scores import HELD_TEXTS_FILE
 from rekindle.pipeline.cycle.search import search_home
 from rekindle.pipeline.cycle.sections import Point, point_name
 from rekindle.pipeline.cycle.students import student_of, students_of, teachers_on
@@ -18,8 +18,9 @@ from rekindle.pipeline.processes.jobs import Job
 from rekindle.train.finetune.config import FinetuneConfig, check_loss
 from rekindle.train.finetune.result import RESULT_FILE, seed_folder
 
-START_FOLDER = "start"  # the start model as students, and therefore experts, start from it
-START_EXPERT = "start-expert"  # the experts' model, if it is another one
+# A copy of student.model, from which students start, and experts unless experts.model is given.
+START_FOLDER = "start"
+START_EXPERT = "start-expert"  # a copy of experts.model, if that is another model
 
 
 def start_folder(config: CycleConfig, arm: str) -> str:
@@ -38,18 +39,22 @@ def plan_jobs(
         models[START_EXPERT] = str(config.experts.model)
     for name, model in models.items():
         yield Job(name, functions.save_start, (model, home / name), output=home / name)
-    texts = [text for text in config.texts if only in ("", text)]
+    texts = [text for text in config.text_names if only in ("", text)]
     for text in texts:
         run_file = home / of_text(CORPUS_FILE, text)
-        cost = _costs(home, text) / "corpus" / "done.json"
-        yield Job(_corpus(text), functions.cache, (run_file, (), cost), output=cost)
-        held = cost.parent / HELD_FILE
-        arguments = (run_file, test_files(home, config), held)
-        name = f"test texts in {_corpus(text)}"
-        yield Job(name, functions.count_held, arguments, output=held, after=(_corpus(text),))
-    teachers = {task for text in texts for _, task, _ in teachers_on(config, text)}
+        cost_file = _costs(home, text) / "corpus" / "done.json"
+        yield Job(_corpus(text), functions.cache, (run_file, (), cost_file), output=cost_file)
+        held_file = cost_file.parent / HELD_TEXTS_FILE
+        yield Job(
+            f"test texts in {_corpus(text)}",
+            functions.count_held_texts,
+            (run_file, test_files(home, config), held_file),
+            output=held_file,
+            after=(_corpus(text),),
+        )
+    tasks_with_teacher = {task for text in texts for _, task, _ in teachers_on(config, text)}
     for one in tasks:
-        if one.task.name in teachers:
+        if one.task.name in tasks_with_teacher:
             yield from _fine_tuning(home, config, one, "expert")
     yield from _caching(home, config, texts)
     for student in students_of(config).values():
@@ -79,12 +84,12 @@ def _caching(home: Path, config: CycleConfig, texts: Sequence[str]) -> Iterator[
     before: tuple[str, ...] = tuple(map(_corpus, texts))
     for text in texts:
         for name, task, _ in teachers_on(config, text):
-            cost = _costs(home, text) / f"{name}.json"
+            cost_file = _costs(home, text) / f"{name}.json"
             yield Job(
                 _cache(name, text),
                 functions.cache,
-                (home / of_text(CACHE_FILE, text), (name,), cost),
-                output=cost,
+                (home / of_text(CACHE_FILE, text), (name,), cost_file),
+                output=cost_file,
                 after=(*before, f"expert on {task}"),
             )
             before = (_cache(name, text),)
@@ -127,24 +132,25 @@ def search_files(home: Path, config: CycleConfig, arm: Arm, task: str) -> list[t
 def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> Iterator[Job]:
     """Yield the search, and the compared fine-tunings with the chosen settings."""
     name, files = one.task.name, home / TASKS_FOLDER / one.task.name
-    points: list[tuple[FinetuneConfig, Path]] = []
+    candidates: list[tuple[FinetuneConfig, Path]] = []
     search_jobs = []
-    start, after = _start_of(home, config, arm, name)
-    for point, result in search_files(home, config, arm, name):
+    start, after = _start_model_and_job(home, config, arm, name)
+    for point, result_file in search_files(home, config, arm, name):
         values = one.own_settings(config.finetune_of(one.task, point, arm))
-        points.append((values, result))
-        if search_home(home) == home:
+        candidates.append((values, result_file))
+        if search_home(home) == home:  # draws after the first reuse the first draw's search
             tuning = functions.FineTuning(
-                start, files, result.parent, config.seeds_of_search, one.metric
+                start, files, result_file.parent, config.search_seed_range, one.metric
             )
             job = f"search {point_name(point)} {arm} on {name}"
-            yield Job(job, functions.search, (tuning, values), output=result, after=after)
+            yield Job(job, functions.search, (tuning, values), output=result_file, after=after)
             search_jobs.append(job)
-    first_point = one.own_settings(config.finetune_of(one.task, config.search_points()[0], arm))
-    points = points or [(first_point, home)]
+    first_values = one.own_settings(config.finetune_of(one.task, config.search_points()[0], arm))
+    # without a search: a single candidate, whose file is never read
+    candidates = candidates or [(first_values, home)]
     students = 1 if arm in UNTAUGHT else config.students
     for number in range(students):
-        start, after = _start_of(home, config, arm, name, number)
+        start, after = _start_model_and_job(home, config, arm, name, number)
         out = home / student_folder(folder_of(arm, name), number, students)
         seeds = range(number, config.expert_seeds if arm == "expert" else config.seeds, students)
         keep_every = arm == "expert" and config.needs_every_seed
@@ -153,7 +159,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
         yield Job(
             f"{subject} on {name}",
             functions.fine_tune,
-            (tuning, points),
+            (tuning, candidates),
             output=seed_folder(out, seeds[-1]) if keep_every else out / RESULT_FILE,
             after=(*after, *search_jobs),
         )
@@ -163,13 +169,13 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
             yield Job(
                 f"own head of {subject} on {name}",
                 functions.score_head,
-                (tuning, first_point),
+                (tuning, first_values),
                 output=out / RESULT_FILE,
                 after=after,
             )
 
 
-def _start_of(
+def _start_model_and_job(
     home: Path, config: CycleConfig, arm: Arm, task: str, number: int = 0
 ) -> tuple[Path, tuple[str, ...]]:
     """Return the model that a fine-tuning starts from, and the job that makes it."""

@@ -262,7 +262,7 @@ def settings_used(home: Path, config: CycleConfig) -> Used:
 def facts_of(config: CycleConfig, used: Used) -> list[tuple[str, str]]:
     """Return text, start model and budgets, as pairs of label and value."""
     train, expert_model = config.train, config.experts.model
-    sources = [one for text in config.texts for one in config.text_of(text).places]
+    sources = [one for text in config.text_names for one in config.corpus_of(text).places]
     more = f" (of experts {config.expert_seeds})" * (config.expert_seeds != config.seeds)
     teachers = "the experts that teach are the best on dev"
     if config.all_teach:
@@ -324,7 +324,7 @@ def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, 
     """Return commands for every kind of stage, each into its own directory, as pairs of purpose and
     line.
     """
-    root, task, text = shown_path(home), config.tasks[0], config.texts[0]
+    root, task, text = shown_path(home), config.tasks[0], config.text_names[0]
     config = config.with_cache_in(home)
     stage = of_text(CACHE_FILE, text)
     files = f"{root}/{TASKS_FOLDER}/{task.name}"

@@ -82,8 +82,9 @@ def check_folder(
 ) -> None:
     """Check that the directory is free, or holds the same cycle."""
     if not is_continued(home, CYCLE_FILE, "cycle", resume=True, other_files=beside):
-        for text in config.texts:  # later the files may be gone, but then the cache has the text
-            source_files(config.text_of(text).places)
+        # Later the files may be gone, but then the cache has the text.
+        for text in config.text_names:
+            source_files(config.corpus_of(text).places)
         return
     record = read_record(home / CYCLE_FILE, GIVE_OTHER_OUT) or {}
     with reading_record(home / CYCLE_FILE, GIVE_OTHER_OUT):
@@ -162,9 +163,9 @@ def _equivalent_source_keys(
     """Yield the keys of sources that are spelled differently but name the cached text."""
     if config.label_draws > 1:  # all draws have this text
         config = config.of_draw(0).with_cache_in(home / DRAWS_FOLDER / str(FIRST_DRAW))
-    for text in config.texts:
+    for text in config.text_names:
         was, now_is = (one["tasks"].get(text, one).get("corpus") for one in (before, now))
-        source = config.text_of(text).entries
+        source = config.corpus_of(text).entries
         if was != now_is and is_same_source(open_store(config.cache_of(text).path), source):
             yield f"tasks.{text}.corpus.source" if text else "corpus.source"
 
@@ -177,7 +178,7 @@ def check_same_text(config: CycleConfig, home: Path, number: int) -> None:
     draws = [
         config.of_draw(draw).with_cache_in(folder / str(draw)) for draw in range(config.label_draws)
     ]
-    for text in config.texts:
+    for text in config.text_names:
         stores = [open_store(draw.cache_of(text).path) for draw in draws]
         started = [draw for draw, store in enumerate(stores) if has_corpus(store)]
         if number in started:  # it continues with its own text
@@ -186,7 +187,7 @@ def check_same_text(config: CycleConfig, home: Path, number: int) -> None:
                     raise _different_texts_error(home, (draw, number), text)
             continue
         other = next(iter(started), None)
-        text_config = config.text_of(text)
+        text_config = config.corpus_of(text)
         if other is not None and not is_same_source(stores[other], text_config.entries):
             raise CheckpointError(
                 f"draw {number} of the labels would read another text than draw {other}: the "

@@ -18,7 +18,7 @@ from rekindle.pipeline.cycle.finetuned import EXPERT, FineTuned, Grid, read_json
 from rekindle.pipeline.cycle.notes import UNFINISHED, notes_of
 from rekindle.pipeline.cycle.record import check_read_same_text
 from rekindle.pipeline.cycle.scores import (
-    HELD_FILE,
+    HELD_TEXTS_FILE,
     MEAN,
     ArmScores,
     CycleResults,
@@ -182,7 +182,7 @@ def _listed(numbers: Sequence[int]) -> str:
 def read_texts(out: Path) -> list[TextFacts]:
     """Return the counts of test texts in the unlabelled text, or in that of each task."""
     texts = []
-    for file in sorted(out.glob(f"costs/**/corpus/{HELD_FILE}")):
+    for file in sorted(out.glob(f"costs/**/corpus/{HELD_TEXTS_FILE}")):
         is_of_task = file.parents[1] != out / "costs"
         values = {**(read_json(file) or {}), "task": file.parents[1].name if is_of_task else ""}
         try:

@@ -200,7 +200,7 @@ def _check_part(config: CycleConfig, draw: int | None, task: str | None) -> None
         raise InputError(
             f"no task {task!r} in the file{did_you_mean(task, names)} (it has: {', '.join(names)})"
         )
-    if task is not None and task not in config.texts:
+    if task is not None and task not in config.text_names:
         raise InputError(
             "--task is for tasks that have texts of their own (tasks.….corpus); here all have the "
             "same text, cache and students: leave it out"

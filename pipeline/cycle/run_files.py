@@ -27,8 +27,8 @@ def configs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> dict
     settings = config.model_dump(mode="json", by_alias=True)
     runs: dict[str, dict[str, Any]] = {}
     corpora = {}
-    for text in config.texts:
-        corpus = config.text_of(text)
+    for text in config.text_names:
+        corpus = config.corpus_of(text)
         if config.test_texts == "remove":
             tests = [str(file) for file in test_files(home, config)]
             corpus = corpus.model_copy(update={"without": (*corpus.without, *tests)})
@@ -81,7 +81,7 @@ def _in_groups(config: CycleConfig, one: TaskFiles, student: Student) -> CycleTa
     """Return the task. A ranker on a text of groups gets a ranking term within groups, unless the
     file sets ``ranking``; the common temperature does not apply to such a term.
     """
-    has_groups = config.text_of(student.text).group_field is not None
+    has_groups = config.corpus_of(student.text).group_field is not None
     sets_ranking = "ranking" in {*config.distill, *one.task.distill}
     if one.splits["train"].groups is None or not has_groups or sets_ranking:
         return one.task

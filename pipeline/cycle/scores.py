@@ -26,7 +26,7 @@ from rekindle.pipeline.report.cost import Cost
 from rekindle.pipeline.report.significance import Difference, holm, mean_interval, paired
 
 SELECTED = "expert (selected)"  # the expert's seed that is best on dev, and teaches
-HELD_FILE = "held.json"  # beside the cost of making a text
+HELD_TEXTS_FILE = "held.json"  # beside the cost of making a text
 MEAN = "mean"  # in place of a task and its metric: the mean of all tasks' main metrics
 
 

@@ -164,7 +164,7 @@ def export_searches(home: Path) -> dict[str, Any] | None:
     config = parse_settings(CycleConfig, about["settings"], str(home / CYCLE_FILE))
     texts, searches = {}, {}
     for task in about["tasks"]:
-        text = task if task in config.texts else ""
+        text = task if task in config.text_names else ""
         states = _source_states(home, config, text)
         by_arm = {
             arm: _portable_results(home, read_search(home, arm, task, grid))
@@ -237,7 +237,9 @@ def takeover_files(
     if not tasks:
         names = ", ".join(record["search"])
         raise InputError(f"{file} has no search of {only or 'a task here'} (it has: {names})")
-    texts = {text: states_of(find_present(config.text_of(text).entries)) for text in config.texts}
+    texts = {
+        text: states_of(find_present(config.corpus_of(text).entries)) for text in config.text_names
+    }
     here = {"texts": {text: sorted(states.values(), key=str) for text, states in texts.items()}}
     check_same_cycle(str(file), record, here | {"about": about})
     results, sources = dict[Path, dict[str, Any]](), search_sources(home)
@@ -266,7 +268,7 @@ def _point_result(
     point: Mapping[str, object],
 ) -> dict[str, Any]:
     """Return the file's result for a point of the search, as in metrics.json."""
-    grid, seeds = config.search, [*config.seeds_of_search]
+    grid, seeds = config.search, [*config.search_seed_range]
     try:
         for values in record["search"][task].get(arm, ()):
             one = parse_finetuned(values, f"search/{arm}/{task}", arm, task)

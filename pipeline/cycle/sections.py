@@ -15,13 +15,13 @@ from rekindle.data.targets.schema import TeacherName
 from rekindle.pipeline.config import CacheConfig
 from rekindle.pipeline.cycle.arms import Arm
 from rekindle.train.config import DistillTerm
-from rekindle.train.finetune.config import FORMER_FIELDS, FixedBudget, TaskSettings
+from rekindle.train.finetune.config import FORMER_FIELDS, ComparisonFinetuneConfig, TaskSettings
 
 Setting = bool | int | float | str | None  # a value of a fine-tuning setting
 Point = dict[str, Setting]  # what a search tries
-Search = Annotated[dict[str, tuple[Setting, ...]], KeysOf(FixedBudget, lists=True)]
-SomeOfFineTuning = Annotated[dict[str, object], KeysOf(FixedBudget)]
-SomeOfTerm = Annotated[dict[str, object], KeysOf(DistillTerm)]
+Search = Annotated[dict[str, tuple[Setting, ...]], KeysOf(ComparisonFinetuneConfig, lists=True)]
+PartialFinetuneConfig = Annotated[dict[str, object], KeysOf(ComparisonFinetuneConfig)]
+PartialDistillTerm = Annotated[dict[str, object], KeysOf(DistillTerm)]
 # Keys a search may not change: the budget is the same for all.
 _BUDGET_KEYS = ("epochs", "max_steps", "patience", "head", "merge")
 Metric = Literal[
@@ -73,7 +73,7 @@ class ExpertsConfig(Settings):
     seeds: int | None = Field(
         None, gt=0, description="fine-tunings of each expert; null: as many as for every arm"
     )
-    finetune: SomeOfFineTuning = Field(
+    finetune: PartialFinetuneConfig = Field(
         default_factory=dict,
         description="overrides the file's and the task's finetune for the experts; only if model "
         "is another one",
@@ -125,11 +125,11 @@ class CycleTask(Settings):
         description="its own unlabelled text: keys of corpus, overriding the file's; all tasks "
         "have one, or none",
     )
-    distill: SomeOfTerm = Field(
+    distill: PartialDistillTerm = Field(
         default_factory=dict,
         description=("settings of its expert's term, overriding the file's distill"),
     )
-    finetune: SomeOfFineTuning = Field(
+    finetune: PartialFinetuneConfig = Field(
         default_factory=dict, description="settings that override the file's finetune for every arm"
     )
 
@@ -172,7 +172,7 @@ def parse_search(value: Search) -> Search:
         if not values:
             raise ValueError(f"{key} has no values")
         # Parsed as they are used: 1 may stand for a rate of 1.0, and results are found by value.
-        parsed_values = [parse_settings(FixedBudget, {key: one}) for one in values]
+        parsed_values = [parse_settings(ComparisonFinetuneConfig, {key: one}) for one in values]
         parsed[key] = tuple(getattr(one, key) for one in parsed_values)
         if len(set(parsed[key])) < len(values):
             raise ValueError(f"{key} has a value twice; every arm tries each of them once")

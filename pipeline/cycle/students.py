@@ -53,7 +53,7 @@ def student_of(config: CycleConfig, arm: Arm, task: str, number: int = 0) -> str
 def _student(config: CycleConfig, arm: Arm, task: str, number: int) -> Student:
     names = tuple(one.name for one in config.tasks)
     tasks = {"mlm": (), "mixture": names}.get(arm, (task,))
-    text = task if task in config.texts else ""
+    text = task if task in config.text_names else ""
     name = f"{arm}-{task}" if arm in OF_ONE_EXPERT or text else arm
     return Student(f"{name}.{number}" if number else name, arm, tasks, text, number)
 

@@ -46,7 +46,7 @@ def break_even(config: RunConfig, corpus: CorpusPlan, teachers: Sequence[Teacher
         rates = dict.fromkeys(live, 1.0)
     cache_cost, run_cost = (sum(passes[n] * rates[n] for n in live) for passes in (cached, live))
     runs = math.ceil(cache_cost / run_cost)
-    runs_of_teacher = {name: math.ceil(cached[name] / live[name]) for name in live}
+    runs_by_teacher = {name: math.ceil(cached[name] / live[name]) for name in live}
     sentence = (
         f"Break-even: the cache pays for itself after {counted(runs, 'student run')} like this "
         f"one. It takes {round(sum(cached.values())):,} teacher forward passes, each of one "
@@ -57,7 +57,7 @@ def break_even(config: RunConfig, corpus: CorpusPlan, teachers: Sequence[Teacher
     )
     runs_of_full_passes = math.ceil(cache_cost / full_pass_cost)
     assumes = _describe_assumed(train, corpus, [*live], is_timed, runs_of_full_passes)
-    return BreakEven(runs, unused | runs_of_teacher, sentence, assumes)
+    return BreakEven(runs, unused | runs_by_teacher, sentence, assumes)
 
 
 def _describe_assumed(

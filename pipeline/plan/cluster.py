@@ -14,7 +14,7 @@ from rekindle.data.counted import counted, shown_bytes
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.pipeline.plan.figures import CorpusPlan, RunPlan, TeacherWork
-from rekindle.pipeline.plan.text import shown_seconds
+from rekindle.pipeline.plan.text import format_seconds
 from rekindle.pipeline.yaml_text import parse_yaml
 
 NAMES_PER_LISTING = 1000  # names an object store lists per request
@@ -164,7 +164,7 @@ def cluster_lines(plan: ClusterPlan) -> list[str]:
         basis = (
             "" if rate else (", assuming each GPU is as fast as this process was during the probe")
         )
-        time = f"{shown_seconds(plan.seconds)}, {plan.gpu_hours:,.0f} GPU hours{basis}"
+        time = f"{format_seconds(plan.seconds)}, {plan.gpu_hours:,.0f} GPU hours{basis}"
         if plan.writes_per_second is not None:  # None if nothing is left to write
             bytes_text = shown_bytes(round(plan.bytes_per_second or 0))
             time += f"; {bytes_text}/s a node and {plan.writes_per_second:,.1f} requests/s to write"

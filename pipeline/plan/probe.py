@@ -31,28 +31,28 @@ class Probe:
     bytes_per_position: float | None  # None if there was no position, or no measurement
 
 
-def probe_teachers(plans: Sequence[TeacherPlan], steps: Corpus) -> list[Probe]:
+def probe_teachers(plans: Sequence[TeacherPlan], probe_corpus: Corpus) -> list[Probe]:
     """Run teachers that share forward passes (or a single one) on the sample, and write their
     results beside it. Each gets an equal part of the time.
 
-    The shards of ``steps`` grow, so a slow teacher is measured on a few sequences and a fast one on
-    full batches. Raise InputError if the teacher cannot be run.
+    The shards of ``probe_corpus`` grow, so a slow teacher is measured on a few sequences and a fast
+    one on full batches. Raise InputError if the teacher cannot be run.
     """
     if plans[0].config.served is not None:
-        return [_probe_server(plans[0], steps)]
+        return [_probe_server(plans[0], probe_corpus)]
     unrestricted = [
         replace(plan, info=plan.info.model_copy(update={"domains": None})) for plan in plans
     ]
-    teacher = Teacher(unrestricted[0], steps)
+    teacher = Teacher(unrestricted[0], probe_corpus)
     others = [teacher.with_plan(plan) for plan in unrestricted[1:]]
     start_time = time.perf_counter()
     # The first pass warms up; it is the only measurement of a teacher too slow for more.
-    unit, result, rate = _run(teacher, steps, 0, others)
-    for shard, commit in enumerate(steps.commits):
+    unit, result, rate = _run(teacher, probe_corpus, 0, others)
+    for shard, commit in enumerate(probe_corpus.commits):
         expected = rate * commit.facts["tokens"]
         if time.perf_counter() - start_time + expected > BUDGET_SECONDS:
             break
-        unit, result, measured = _run(teacher, steps, shard, others)
+        unit, result, measured = _run(teacher, probe_corpus, shard, others)
         rate = min(rate, measured)  # other work on the machine can only slow it down
         if measured * commit.facts["tokens"] >= ENOUGH_SECONDS and commit.rows >= FULL_BATCH:
             break
@@ -62,7 +62,7 @@ def probe_teachers(plans: Sequence[TeacherPlan], steps: Corpus) -> list[Probe]:
         torch.cuda.empty_cache()
     probes = []
     for plan, teacher_result in zip(unrestricted, (result, *result.others), strict=True):
-        written_commit = write_unit(plan.info, steps, unit, teacher_result)
+        written_commit = write_unit(plan.info, probe_corpus, unit, teacher_result)
         position_bytes = written_commit.bytes - bytes_without_positions(
             plan.info, written_commit.rows
         )
@@ -73,26 +73,28 @@ def probe_teachers(plans: Sequence[TeacherPlan], steps: Corpus) -> list[Probe]:
     return probes
 
 
-def _probe_server(plan: TeacherPlan, steps: Corpus) -> Probe:
+def _probe_server(plan: TeacherPlan, probe_corpus: Corpus) -> Probe:
     """Time one request about the sample's longest sequence."""
-    teacher = ServedTeacher(plan, steps)
+    teacher = ServedTeacher(plan, probe_corpus)
     places = [
-        (shard, row) for shard, commit in enumerate(steps.commits) for row in range(commit.rows)
+        (shard, row)
+        for shard, commit in enumerate(probe_corpus.commits)
+        for row in range(commit.rows)
     ]
-    lengths = [int(steps.lengths(shard, row, row + 1)[0]) for shard, row in places]
+    lengths = [int(probe_corpus.lengths(shard, row, row + 1)[0]) for shard, row in places]
     shard, row = places[int(np.argmax(lengths))]
     _, tokens, _ = teacher.sequences(Unit(shard))
     start_time = time.perf_counter()
-    teacher.source.server.prompt_logprobs([tokens[row].tolist()], plan.info.k or 0)
+    teacher.named_server.server.prompt_logprobs([tokens[row].tolist()], plan.info.k or 0)
     return Probe((time.perf_counter() - start_time) / max(lengths), None)
 
 
 def _run(
-    teacher: Teacher, steps: Corpus, shard: int, others: Sequence[Teacher]
+    teacher: Teacher, probe_corpus: Corpus, shard: int, others: Sequence[Teacher]
 ) -> tuple[Unit, UnitResult, float]:
     """Run one shard (one replica if there are several) and return its seconds per token."""
     unit = Unit(shard, teacher.info.view_class.numbers(1)[0])
     start_time = time.perf_counter()
     result = run_unit(teacher, unit, others=others)
     seconds = time.perf_counter() - start_time
-    return unit, result, seconds / steps.commits[shard].facts["tokens"]
+    return unit, result, seconds / probe_corpus.commits[shard].facts["tokens"]

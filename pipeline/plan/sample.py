@@ -1,7 +1,7 @@
-"""What a plan knows of the corpus: from the cache, or from a sample of the text.
+"""Count or estimate a corpus before it is made, from the cache or from a sample of its text, and
+cut a small corpus on which views are built and teachers are timed.
 
-Writes only to the given folder: the sample's corpus, and a small corpus of rows on which views are
-built and teachers are probed.
+Writes only to the given folder.
 """
 
 from collections import Counter
@@ -45,18 +45,18 @@ from rekindle.data.storage.store import open_store
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.scale import Scale
 
-SAMPLED_BATCHES = 8  # record batches, spread over the corpus, from which the steps are taken
+SAMPLED_BATCHES = 8  # record batches, spread over the corpus, that the probe corpus is made from
 FEW_TEXTS = 100  # texts; an estimate from fewer is rough
-STEP_SIZES = (1, 4, 16, 64, 256)  # sequences per step; the last step takes the rest
+PROBE_SHARD_SIZES = (1, 4, 16, 64, 256)  # sequences; a last shard has all others
 
 
 @dataclass(frozen=True)
 class CorpusSurvey:
     """What is known of the corpus before it is made."""
 
-    present: Corpus | None  # the part in the cache
+    cached: Corpus | None  # the part in the cache
     reference: Corpus  # the whole corpus, or the sample's
-    steps: Corpus  # rows of the reference in shards of 1, 4, 16, … sequences
+    probe_corpus: Corpus  # rows of the reference, in shards of growing size
     sequences: int
     tokens: int
     estimated: bool
@@ -67,18 +67,18 @@ class CorpusSurvey:
     @property
     def new_sequences(self) -> int:
         """Sequences not in the cache yet."""
-        return self.sequences - (len(self.present) if self.present else 0)
+        return self.sequences - (len(self.cached) if self.cached else 0)
 
     @property
     def shard_size(self) -> int:
         """Sequences per shard if the configuration does not set it."""
-        recorded = None if self.present is None else recorded_shard_size(self.present.store)
+        recorded = None if self.cached is None else recorded_shard_size(self.cached.store)
         return recorded or default_shard_size(self.sequences)
 
     @property
     def new_tokens(self) -> int:
         """Tokens of the sequences not in the cache yet."""
-        return max(0, self.tokens - self.present.tokens) if self.present else self.tokens
+        return max(0, self.tokens - self.cached.tokens) if self.cached else self.tokens
 
 
 def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -> CorpusSurvey:
@@ -88,17 +88,17 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
     With a ``scale``, or beside a cache of another corpus, the figures are for a new cache. Raise
     InputError for a source without text or of unknown size.
     """
-    present = _read_present(open_store(config.cache.path))
+    cached = _read_cached(open_store(config.cache.path))
     is_whole, warnings = False, tuple[str, ...]()
-    if present is not None:
-        is_whole, reason = _compare_present(present, config, scale)
-        present, warnings = (None, (reason,)) if reason else (present, ())
+    if cached is not None:
+        is_whole, reason = _compare_cached(cached, config, scale)
+        cached, warnings = (None, (reason,)) if reason else (cached, ())
     texts = None
-    if present is not None and is_whole:
-        reference, basis, estimated = present, "the corpus is in the cache", False
-        if without := present.info["config"].get("without"):
-            basis += f"; {describe_held(present.held, without['files'])}"
-        sequences, tokens = len(present), present.tokens
+    if cached is not None and is_whole:
+        reference, basis, estimated = cached, "the corpus is in the cache", False
+        if without := cached.info["config"].get("without"):
+            basis += f"; {describe_held(cached.held, without['files'])}"
+        sequences, tokens = len(cached), cached.tokens
     else:
         corpus = config.corpus.model_copy(update={"limit_sequences": None} if scale else {})
         sample = sample_source(corpus, load_tokenizer(corpus.tokenizer))
@@ -115,44 +115,53 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
         if left_out_note := sample.left_out.describe(
             last_document(reference.units, corpus.limit_sequences)
         ):
-            basis += f"; {'up to there, ' * estimated}{left_out_note}"
-    if present is not None and not present.commits:
-        present = None  # begun, but killed before anything was written
-    if present is not None:
-        sequences, tokens = max(sequences, len(present)), max(tokens, present.tokens)
-    steps = _take_steps(reference, open_store(folder / "steps"))
-    figures = (sequences, tokens, estimated, basis, texts, warnings)
-    return CorpusSurvey(present, reference, steps, *figures)
+            basis += f"; {'within these documents, ' * estimated}{left_out_note}"
+    if cached is not None and not cached.commits:
+        cached = None  # begun, but killed before anything was written
+    if cached is not None:
+        sequences, tokens = max(sequences, len(cached)), max(tokens, cached.tokens)
+    probe_corpus = _build_probe_corpus(reference, open_store(folder / "probe"))
+    return CorpusSurvey(
+        cached=cached,
+        reference=reference,
+        probe_corpus=probe_corpus,
+        sequences=sequences,
+        tokens=tokens,
+        estimated=estimated,
+        basis=basis,
+        texts=texts,
+        warnings=warnings,
+    )
 
 
-def _read_present(store: Store) -> Corpus | None:
+def _read_cached(store: Store) -> Corpus | None:
     if not store.exists(MANIFEST):
         return None
     read_manifest(store)
     return Corpus(store) if store.names("corpus") else None
 
 
-def _compare_present(
-    present: Corpus, config: RunConfig, scale: Scale | None
+def _compare_cached(
+    cached: Corpus, config: RunConfig, scale: Scale | None
 ) -> tuple[bool, str | None]:
-    """Return whether the cache holds the whole configured corpus, and why its content does not
-    count.
+    """Return whether the cache holds the whole configured corpus, and the reason to plan a new
+    cache instead, or None.
     """
     cache_path = config.cache.path
-    names = ", ".join(present.store.folders("targets")) or "none"
-    contents = f"{counted(len(present), 'sequence')}, {counted(present.tokens, 'token')}"
+    names = ", ".join(cached.store.folders("targets")) or "none"
+    contents = f"{counted(len(cached), 'sequence')}, {counted(cached.tokens, 'token')}"
     contents = f"{cache_path} has {contents}; teachers: {names}"
     if scale is not None:
         return False, f"the figures are for a new cache; what is there is not counted: {contents}"
-    size = config.cache.sequences_per_shard or present.info["config"]["sequences_per_shard"]
+    size = config.cache.sequences_per_shard or cached.info["config"]["sequences_per_shard"]
     tokenizer, held_texts = load_tokenizer(config.corpus.tokenizer), config.corpus.held_texts()
     info = describe_corpus(config.corpus, tokenizer, size, held_texts)
-    size_in_cache = (len(present.commits), len(present))
+    size_in_cache = (len(cached.commits), len(cached))
     try:
-        addition = resolve_addition(present.store, info, config.corpus, lambda: size_in_cache)
+        addition = resolve_addition(cached.store, info, config.corpus, lambda: size_in_cache)
     except CacheMismatchError as error:
         return False, f"the figures are for a new cache: {error}. {contents}"
-    return present.complete and addition.number < len(present.additions), None
+    return cached.complete and addition.number < len(cached.additions), None
 
 
 def _basis(sample: SourceSample) -> str:
@@ -186,8 +195,8 @@ def _extrapolated(
 ) -> tuple[int, int, bool]:
     """Return the sequences and tokens of the whole corpus, and whether they are estimated."""
     limit = config.limit_sequences
-    last: int = reference.commits[-1].facts["next"][0]  # index of the next document
-    if sample.share == 1 or (len(reference) == limit and last < len(sample.documents)):
+    next_document: int = reference.commits[-1].facts["next"][0]
+    if sample.share == 1 or (len(reference) == limit and next_document < len(sample.documents)):
         return len(reference), reference.tokens, False
     if sample.share is None and limit is None:
         raise InputError(
@@ -201,8 +210,10 @@ def _extrapolated(
     return sequences, round(reference.tokens * sequences / len(reference)), True
 
 
-def _take_steps(corpus: Corpus, store: Store) -> Corpus:
-    """Copy up to 1,024 rows from all over ``corpus`` into shards of growing size."""
+def _build_probe_corpus(corpus: Corpus, store: Store) -> Corpus:
+    """Copy up to 1,024 rows from all over ``corpus`` into shards of growing size, so that a slow
+    teacher can be timed on few of them.
+    """
     sampled = np.unique(np.linspace(0, len(corpus) - 1, SAMPLED_BATCHES).astype(np.int64))
     places = zip(*(part.tolist() for part in corpus.locate(sampled)), strict=True)
     batches = {(s, row // corpus.commits[s].rows_per_batch) for s, row in places}
@@ -217,7 +228,7 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
         store.create(f"{TOKENIZER}/{name}", corpus.store.read_bytes(f"{TOKENIZER}/{name}"))
     shards = ShardSet(store, "corpus")
     count = start = 0
-    for size in (*STEP_SIZES, len(rows)):
+    for size in (*PROBE_SHARD_SIZES, len(rows)):
         part = rows.slice(start, size)
         if not len(part):
             break

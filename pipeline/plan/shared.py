@@ -26,10 +26,12 @@ class Pass:
         """The teachers, in the order of the run file."""
         return tuple(plan.info.name for plan in self.group)
 
-    def probe(self, name: str, steps: Corpus) -> Probe:
+    def probe(self, name: str, probe_corpus: Corpus) -> Probe:
         """Return a teacher's probe. The whole group is probed together, once."""
         if not self.probed:
-            self.probed.update(zip(self.names, probe_teachers(self.group, steps), strict=True))
+            self.probed.update(
+                zip(self.names, probe_teachers(self.group, probe_corpus), strict=True)
+            )
         return self.probed[name]
 
     def seconds(self, name: str, rate: float) -> float:

@@ -8,7 +8,7 @@ from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.figures import RunPlan
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.scale import Scale
-from rekindle.pipeline.plan.text import shown_plan
+from rekindle.pipeline.plan.text import format_plan
 from rekindle.pipeline.stages.resolve import Ready, plan_stages, ready_parts
 
 
@@ -30,7 +30,7 @@ class PlannedStage:
     def as_text(self) -> str:
         """Return the stage as text."""
         name = self.ready.stage.name
-        shown = shown_plan(self.plan) if self.plan is not None else f"{self.note}\n"
+        shown = format_plan(self.plan) if self.plan is not None else f"{self.note}\n"
         waiting = "".join(f"{line}\n" for line in self.ready.waiting_text())
         return f"--- stage {name} ---\n{shown}{waiting}"
 

@@ -62,7 +62,7 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
         view_config = config.model_copy(update={"cache": cache})
     with tempfile.TemporaryDirectory(prefix="rekindle-plan-") as folder:
         survey = survey_corpus(config, Path(folder), scale)
-        views = build_views(survey.steps, view_config, Progress.silent())
+        views = build_views(survey.probe_corpus, view_config, Progress.silent())
         views = replace(views, masked=_assumed_masks(config, survey, probe) or views.masked)
         per_sequence = survey.reference.units.bytes / len(survey.reference)
         corpus = CorpusPlan(
@@ -90,11 +90,12 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
 
 def _padding(config: RunConfig, survey: CorpusSurvey) -> Padding | None:
     """Estimate the padding of the student's batches from a sample of the sequences."""
-    train, steps = config.train, survey.steps
+    train, probe_corpus = config.train, survey.probe_corpus
     if config.student is None:
         return None
     lengths = [
-        steps.lengths(s, 0, min(c.rows, ROWS_PER_BATCH)) for s, c in enumerate(steps.commits)
+        probe_corpus.lengths(s, 0, min(c.rows, ROWS_PER_BATCH))
+        for s, c in enumerate(probe_corpus.commits)
     ]
     sizes = (train.batch_sequences, train.micro_batch_sequences)
     return Padding(train.batching, **padding_ratios(np.concatenate(lengths), *sizes))
@@ -102,7 +103,7 @@ def _padding(config: RunConfig, survey: CorpusSurvey) -> Padding | None:
 
 def _corpus_warnings(config: RunConfig, survey: CorpusSurvey, views: Views) -> list[str]:
     """Return the warnings that will appear when the corpus is made and trained on."""
-    warnings = few_pairs_warnings(survey.steps, views, config.teachers)
+    warnings = few_pairs_warnings(survey.probe_corpus, views, config.teachers)
     warnings += _fresh_head_warnings(config, survey)
     if config.student is not None and not survey.estimated:
         warnings += describe_too_few(config.train, survey.sequences)
@@ -123,7 +124,7 @@ def _slow_precision_warnings(
             settings = {f"teachers.{teacher.name}.precision: {{}}": teacher.precision}
             warnings.append(describe_slow_precision(settings, device))
         elif work.units_to_make:
-            warnings.append(slow_pass_warning(plan, survey.present or survey.reference))
+            warnings.append(slow_pass_warning(plan, survey.cached or survey.reference))
     if config.student is not None:
         warnings.append(
             describe_slow_precision({"train.precision: {}": config.train.precision}, device)
@@ -152,7 +153,9 @@ def _fresh_head_warnings(config: RunConfig, survey: CorpusSurvey) -> list[str]:
         return []
     taught_note = "" if has_hard_loss else ", from its teachers' words alone"
     return [
-        describe_fresh_head(student.model, survey.steps.tokenizer.size, train.steps, taught_note)
+        describe_fresh_head(
+            student.model, survey.probe_corpus.tokenizer.size, train.steps, taught_note
+        )
     ]
 
 
@@ -179,7 +182,8 @@ def _trained_share(corpus: Corpus) -> float | None:
 
 def _view_plan(config: RunConfig, survey: CorpusSurvey, view: StoredView) -> ViewPlan:
     work = work_of(survey, config.cache, f"views/{view.name}", view.name)
-    last = len(survey.steps.commits) - 1  # the largest, where the fixed part of a file counts least
+    # Measured on the largest shard, where the fixed part of a file counts least.
+    last = len(survey.probe_corpus.commits) - 1
     commits = view.shards.committed()
     last_commits = [commits[view.unit(last, replica)] for replica in view.numbers(view.replicas)]
     per_row = sum(commit.bytes for commit in last_commits) / sum(
@@ -204,21 +208,21 @@ class AssumedMasks(HardMaskedView):
 
 
 def _assumed_masks(config: RunConfig, survey: CorpusSurvey, probe: bool) -> HardMaskedView | None:
-    """Write the upper bound beside the sample ``survey.steps``; None under another policy.
+    """Write the upper bound beside the sample ``survey.probe_corpus``; None under another policy.
 
     Raise InputError as ``hard_view`` does.
     """
     if config.cache.mask.policy != "hard":
         return None
     teacher = _mask_teacher(config, survey, probe)
-    masks = AssumedMasks(survey.steps, config.cache.mask, config.cache.seed, teacher)
+    masks = AssumedMasks(survey.probe_corpus, config.cache.mask, config.cache.seed, teacher)
     masks.build()
     return masks
 
 
 def _mask_teacher(config: RunConfig, survey: CorpusSurvey, probe: bool) -> TeacherInfo:
     """Describe the teacher of the masks, as far as possible without a download."""
-    corpus, name = survey.present or survey.reference, config.cache.mask.teacher
+    corpus, name = survey.cached or survey.reference, config.cache.mask.teacher
     named = [teacher for teacher in config.teachers if teacher.name == name]
     if is_described(corpus.store, name or "") or not named or named[0].sees_masks:
         return mask_teacher(corpus, config)

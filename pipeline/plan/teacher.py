@@ -43,7 +43,8 @@ def plan_local_teachers(
 ) -> list[TeacherPlan | None]:
     """Describe every teacher whose model ``local_model`` finds, before any of them is probed.
 
-    ``views`` belong to ``survey.steps``. Raise InputError and CacheMismatchError as ``plan_run``.
+    ``views`` belong to ``survey.probe_corpus``. Raise InputError and CacheMismatchError as
+    ``plan_run``.
     """
     folders = [
         Path() if teacher.served else local_model(teacher.model, is_required, check_of(teacher))
@@ -65,14 +66,14 @@ def plan_all_teachers(
     views: Views,
     probe: bool,
 ) -> tuple[TeacherWork, ...]:
-    """Return what `pipeline cache-teachers` would do for each teacher; ``views`` belong to the
-    steps.
+    """Return what `pipeline cache-teachers` would do for each teacher; ``views`` belong to
+    ``survey.probe_corpus``.
     """
     plans_and_parts = []
     for teacher, plan in zip(config.teachers, plans, strict=True):
         infos = [plan.info if plan else _describe_without_model(teacher, survey, views)]
-        if plan and survey.present is not None:
-            infos = [part.info for part in plan_parts(survey.present, plan)]
+        if plan and survey.cached is not None:
+            infos = [part.info for part in plan_parts(survey.cached, plan)]
         parts = [(i, work_of(survey, config.cache, i.folder, i.view, i.domains)) for i in infos]
         plans_and_parts.append((plan, parts))
     shared = shared_passes(plans_and_parts)
@@ -105,7 +106,7 @@ def _plan_one(
         shares=() if shared is None else tuple(n for n in shared.names if n != teacher.name),
     )
     if plan and not teacher.vocabulary:
-        cut, longest = foreseen_cut(plan, survey.steps)
+        cut, longest = foreseen_cut(plan, survey.probe_corpus)
         known_work = replace(known_work, cut=cut, longest=longest)
     if teacher.served is not None:
         request_count, at_a_time = _requests(teacher.served, parts), teacher.served.max_concurrency
@@ -116,7 +117,7 @@ def _plan_one(
     if plan and probe:
         own_pass = Pass((plan,), {})  # only tails are to be made
         try:
-            measured = (shared or own_pass).probe(teacher.name, survey.steps)
+            measured = (shared or own_pass).probe(teacher.name, survey.probe_corpus)
         except ServerAwayError:  # the cache describes the teacher
             absence = _absence(teacher)
     tokens = sum(work.tokens for _, work in parts)
@@ -124,7 +125,7 @@ def _plan_one(
     if not tokens and survey.estimated:
         reason = "the sample has no sequence of its domains"
         return replace(known_work, seconds_per_token=rate, reason=absence or reason)
-    density = positions_per_token(survey.steps, info)
+    density = positions_per_token(survey.probe_corpus, info)
     return replace(
         known_work,
         positions=round(tokens * density),
@@ -183,7 +184,7 @@ def describe_local(
     """Describe a teacher from its files in ``folder``."""
     if not survey.estimated:
         check_domains(survey.reference, teacher.domains or (), f"teacher {teacher.name!r}: domains")
-    return plan_teacher(teacher, survey.present or survey.reference, views, seed, folder)
+    return plan_teacher(teacher, survey.cached or survey.reference, views, seed, folder)
 
 
 def _absence(teacher: TeacherConfig) -> str:
@@ -229,8 +230,8 @@ def _describe_without_model(
     comes from the cache if the teacher is there.
     """
     width = 1 if teacher.task == "regression" else None
-    if survey.present is not None and is_described(survey.present.store, teacher.name):
-        cached = read_teacher(survey.present.store, teacher.name)
+    if survey.cached is not None and is_described(survey.cached.store, teacher.name):
+        cached = read_teacher(survey.cached.store, teacher.name)
         width = width or (cached.hidden_size or cached.dimensions or cached.num_labels)
     facts = survey.reference.info["tokenizer"]
     tokens = facts["size"] - len(gap_ids(facts))

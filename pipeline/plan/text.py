@@ -17,7 +17,7 @@ LEGEND = (
 SECONDS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))
 
 
-def shown_plan(plan: RunPlan) -> str:
+def format_plan(plan: RunPlan) -> str:
     """Return the text of a plan."""
     lines = [f"corpus {', '.join(plan.corpus.source)}: {_corpus_text(plan.corpus)}"]
     for view in plan.views:
@@ -26,7 +26,7 @@ def shown_plan(plan: RunPlan) -> str:
             "at most " if view.at_most else "",
         )
         kind = SHOWN_AS[view.name.partition("-")[0]]
-        line = f"{kind} ({view.name}): {to_make} to make, {view.units_present:,} there"
+        line = f"{kind} ({view.name}): {to_make} to make, {view.units_present:,} in cache"
         lines.append(line + _to_write(view.bytes, bound_text))
     padding = plan.corpus.padding
     if padding is not None and max(padding.shuffled, padding.similar_lengths) >= MIN_PADDING_SHOWN:
@@ -38,10 +38,15 @@ def shown_plan(plan: RunPlan) -> str:
     lines += [_served_line(teacher) for teacher in plan.teachers if teacher.requests]
     lines += [t.cut.as_text(t.name, t.longest) for t in plan.teachers if t.cut]
     lines += [_total(plan), f"{plan.break_even.sentence} {plan.break_even.assumes}".rstrip()]
-    runs = plan.break_even.teachers
-    if plan.break_even.runs is not None and len(runs) > 1:
-        runs_shown = (f"{n} {'not used' if r is None else f'{r:,}'}" for n, r in runs.items())
-        lines.append(f"Runs per teacher: {', '.join(runs_shown)}")
+    runs_by_teacher = plan.break_even.teachers
+    if plan.break_even.runs is not None and len(runs_by_teacher) > 1:
+        shown = (
+            f"{name} {'not used' if runs is None else f'{runs:,}'}"
+            for name, runs in runs_by_teacher.items()
+        )
+        lines.append(
+            f"Student runs until each teacher's cache has paid for itself: {', '.join(shown)}"
+        )
     if plan.to_make:
         lines.append(
             "not made yet; the command that needs it makes it once, from Python's documentation:"
@@ -95,7 +100,7 @@ def _corpus_text(corpus: CorpusPlan) -> str:
 
 
 def _table(teachers: tuple[TeacherWork, ...]) -> Table:
-    head = ("teacher", "task", "kept", "units to make", "there", "targets", "size", "time")
+    head = ("teacher", "task", "kept", "units to make", "in cache", "targets", "size", "time")
     rows = [
         [
             t.name,
@@ -103,7 +108,7 @@ def _table(teachers: tuple[TeacherWork, ...]) -> Table:
             t.kept,
             *(_count_text(count) for count in (t.units_to_make, t.units_present, t.positions)),
             "?" if t.bytes is None else ("≤ " if t.at_most else "") + shown_bytes(t.bytes),
-            "?" if t.seconds is None else shown_seconds(t.seconds),
+            "?" if t.seconds is None else format_seconds(t.seconds),
         ]
         for t in teachers
     ]
@@ -130,13 +135,13 @@ def _total(plan: RunPlan) -> str:
         bound = "about " if is_some_bound else "at least "
     line = f"total for {cache}: {bound}{shown_bytes(totals.bytes)} to write"
     if totals.seconds is not None:
-        line += f", {at_least}{shown_seconds(totals.seconds)} of teachers in one process"
+        line += f", {at_least}{format_seconds(totals.seconds)} of teachers in one process"
     if totals.disk_free is not None:
         line += f"; {shown_bytes(totals.disk_free)} free"
     return line
 
 
-def shown_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Format as seconds, minutes, hours or days, whichever reads best."""
     for unit_seconds, unit in SECONDS:
         value = seconds / unit_seconds

@@ -74,9 +74,9 @@ def work_of(
     """Return what is missing of the view, or of a teacher for ``domains`` that is shown it."""
     work: list[Shards] = []
     present = 0
-    if survey.present is not None:
-        units, present = missing_units(survey.present, folder, view, cache.masked_replicas)
-        work += _missing_shards(survey.present, [unit.shard for unit in units], domains)
+    if survey.cached is not None:
+        units, present = missing_units(survey.cached, folder, view, cache.masked_replicas)
+        work += _missing_shards(survey.cached, [unit.shard for unit in units], domains)
     if sequences := survey.new_sequences:
         replica_count = len(view_kind(view).numbers(cache.masked_replicas))
         share = share_of(domains, survey.reference.domains, len(survey.reference))
@@ -109,10 +109,13 @@ def _missing_shards(
 # --- positions ------------------------------------------------------------------------------------
 
 
-def positions_per_token(steps: Corpus, info: TeacherInfo) -> float:
-    """Return the targets the teacher leaves per token. Its view of ``steps`` must exist."""
-    view = shown_view(steps, info.view)
-    return sum(_positions(steps, info, view, n) for n in range(len(steps.commits))) / steps.tokens
+def positions_per_token(probe_corpus: Corpus, info: TeacherInfo) -> float:
+    """Return the targets the teacher leaves per token. Its view of ``probe_corpus`` must exist."""
+    view = shown_view(probe_corpus, info.view)
+    return (
+        sum(_positions(probe_corpus, info, view, n) for n in range(len(probe_corpus.commits)))
+        / probe_corpus.tokens
+    )
 
 
 def _positions(corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard: int) -> float:

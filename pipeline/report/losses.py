@@ -11,7 +11,7 @@ from typing import Any
 
 from rekindle.pipeline.report.page import SMALL, WIDE, Block, Figure, Figures, Legend, Note, Section
 from rekindle.pipeline.report.svg import colour, few_ticks, line_style, plottable
-from rekindle.train.measures import PULL, RATIO, UNSEEN
+from rekindle.train.measures import GRADIENT, GRADIENT_RATIO, UNSEEN
 
 MOST_POINTS = 300  # points of a training curve: a picture has no more columns to show them in
 MOST_SMALL = 12  # pictures of other held-out values; the tables have the rest
@@ -29,11 +29,13 @@ CAPTIONS = {
     LOSS: f"The objective {UNSEEN}, at the weights of the last step: lower is better.",
     CROSS_ENTROPY: f"Cross-entropy {UNSEEN}, in nats for each token: lower is better.",
 }
-# Captions of how strongly terms pull, by the key in a step's record; the first key present is drawn
+# Captions of the terms' gradients, by the key in a step's record; the first key present is drawn
 # alone.
-PULLS = {
-    RATIO: "Gradient of {}, over the cross-entropy's: far below 1 it has hardly any effect.",
-    PULL: "Norm of the weighted gradient of {}, at the input of the heads.",
+GRADIENT_CAPTIONS = {
+    GRADIENT_RATIO: (
+        "Gradient of {}, over the cross-entropy's: far below 1 it has hardly any effect."
+    ),
+    GRADIENT: "Norm of the weighted gradient of {}, at the input of the heads.",
 }
 Points = list[tuple[int, float]]  # (steps done, value)
 
@@ -48,7 +50,7 @@ class RunCurves:
     objective: Points = field(default_factory=list)
     cross_entropy: Points = field(default_factory=list)
     held_out: dict[str, Points] = field(default_factory=dict)
-    # how strongly each term pulls, by the key in a step's record, if it was measured
+    # the norm or ratio of each term's gradient, by the key in a step's record, if it was measured
     gradients: dict[str, Points] = field(default_factory=dict)
 
 
@@ -59,7 +61,7 @@ def curves_of(name: str, records: Sequence[Mapping[str, Any]]) -> RunCurves:
     names = sorted({key for record in evaluated for key in record} - {"kind", "step"})
     held_out = {name: _points(evaluated, name) for name in names}
     measured = dict.fromkeys(
-        key for record in steps for key in record if key.startswith(tuple(PULLS))
+        key for record in steps for key in record if key.startswith(tuple(GRADIENT_CAPTIONS))
     )
     return RunCurves(
         name,
@@ -117,8 +119,8 @@ def losses_section(
     names = sorted({name for name in curves if name != compared})
     if small := [_picture(_caption_of(name), runs, name, SMALL) for name in names[:MOST_SMALL]]:
         blocks.append(Figures(small, small=True))
-    if pulls := list(_pulls(runs)):
-        blocks.append(Figures(pulls[:MOST_SMALL], small=True))
+    if gradients := list(_gradient_figures(runs)):
+        blocks.append(Figures(gradients[:MOST_SMALL], small=True))
     if left := names[MOST_SMALL:]:
         blocks.append(Note(f"{len(left)} more values are in the table of runs alone."))
     blocks += [Note(note) for note in _notes(drawn)]
@@ -138,14 +140,18 @@ def _large(runs: Sequence[RunCurves], compared: str | None) -> Iterator[Figure]:
             yield Figure(f"Training: {caption}{SMOOTH}", partial(_training_lines, lines))
 
 
-def _pulls(runs: Sequence[RunCurves]) -> Iterator[Figure]:
+def _gradient_figures(runs: Sequence[RunCurves]) -> Iterator[Figure]:
     curves = [(key, points) for run in runs for key, points in run.gradients.items()]
     known = sorted({key for key, points in curves if len(points) > 1})
-    kind = next((kind for kind in PULLS if any(key.startswith(kind) for key in known)), "")
+    kind = next(
+        (kind for kind in GRADIENT_CAPTIONS if any(key.startswith(kind) for key in known)), ""
+    )
     for key in (key for key in known if key.startswith(kind)):
         lines = [(number, run.gradients.get(key, [])) for number, run in enumerate(runs)]
         yield Figure(
-            PULLS[kind].format(key.removeprefix(kind)), partial(_lines, lines=lines), SMALL
+            GRADIENT_CAPTIONS[kind].format(key.removeprefix(kind)),
+            partial(_lines, lines=lines),
+            SMALL,
         )
 
 

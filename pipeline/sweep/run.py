@@ -194,7 +194,7 @@ def train_one(run: SweepRun, out: Path, progress: Progress) -> Exception | None:
 def _check_cache(runs: Sequence[SweepRun], out: Path) -> str:
     """Check that the cache has what every student needs. Return its corpus's fingerprint."""
     from rekindle.pipeline.train_student import requested_extent, student_view
-    from rekindle.train.prepare import check_tokenizer, prepare_objective
+    from rekindle.train.prepare import load_checked_tokenizer, prepare_objective
     from rekindle.train.student import check_student
 
     cache = Cache.open(runs[0].config.cache.path)
@@ -212,5 +212,5 @@ def _check_cache(runs: Sequence[SweepRun], out: Path) -> str:
     for name in unique.values():  # most students have the same section: each is checked once
         with naming(f"student {name}"):
             check_student(students[name])
-            check_tokenizer(cache.corpus, students[name])
+            load_checked_tokenizer(cache.corpus, students[name])
     return cache.corpus.fingerprint

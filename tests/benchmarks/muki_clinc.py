@@ -43,7 +43,7 @@ from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.answers.judge import open_judge
 from rekindle.train.answers.score import ExpertOutput, evaluate, expert_output
 from rekindle.train.finetune.classifier import classifier_config
-from rekindle.train.finetune.config import FixedBudget
+from rekindle.train.finetune.config import ComparisonFinetuneConfig
 from rekindle.train.finetune.merge_baselines import merged_probabilities
 from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.task_data import TaskData, read_task
@@ -214,7 +214,7 @@ def _fine_tuned(work: Path, model: str, size: Size, texts: str, out: Path, **set
     """
     if (out / "metrics.json").exists():
         return
-    config = FixedBudget(
+    config = ComparisonFinetuneConfig(
         batch_size=size.batch, learning_rate=size.learning_rate, precision=size.precision,
         max_length=LENGTH, **{"epochs": size.epochs} | settings.pop("config", {}),
     )  # fmt: skip

@@ -61,7 +61,7 @@ def test_the_configurations_are_files_that_the_commands_read(
     assert load_config(tmp_path / "start.yaml") == start
     assert load_cycle(tmp_path / "cycle.yaml") == whole
     # The text is tokenized once, and all teachers are in one cache.
-    assert (start.corpus, start.cache.path) == (whole.text_of(""), whole.cache.path)
+    assert (start.corpus, start.cache.path) == (whole.corpus_of(""), whole.cache.path)
     assert [teacher.name for teacher in start.teachers] == ["base-lm"]
     # Guidance is held against all that could explain a gain without it.
     assert whole.primary is not None
@@ -69,7 +69,9 @@ def test_the_configurations_are_files_that_the_commands_read(
     assert {"expert", "longer", "mlm"} == {*whole.primary.against}
     assert cycle_config(tmp_path, FULL).seeds == 5  # as --quick says
     assert whole.all_teach  # no seed of an expert is chosen, by dev or otherwise
-    assert {name: (one.tasks, one.masked) for name, one in students_of(whole).items()} == {
+    assert {
+        name: (one.tasks, one.learns_masked_lm) for name, one in students_of(whole).items()
+    } == {
         "mixture": (("part", "kind"), True),
         "mlm": ((), True),
     }

@@ -14,7 +14,7 @@ from rekindle.train import loop
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World
 from rekindle.train.loop import train_student
-from rekindle.train.objective.objective import Objective, StepLoss
+from rekindle.train.objective.objective import MicroBatchLoss, Objective
 from rekindle.train.record.run_log import read_metrics
 from testlib.models import STILL
 
@@ -95,7 +95,7 @@ def test_a_bad_step_changes_no_weight(train, monkeypatch):
     def broken(self, student, batch, counts, plan, device):
         weights.append([p.detach().clone() for p in student.parameters()])
         found = loss(self, student, batch, counts, plan, device)
-        return StepLoss(found.total * (torch.nan if plan.step == 4 else 1.0), found.terms)
+        return MicroBatchLoss(found.total * (torch.nan if plan.step == 4 else 1.0), found.terms)
 
     monkeypatch.setattr(Objective, "loss", broken)
     with pytest.raises(InputError, match="the loss is nan at step 5"):

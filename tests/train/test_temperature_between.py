@@ -194,7 +194,11 @@ def check(term, **about):
         ({"temperature": 3.0}, {}, r"distillation term interpolate it \(temperature_between: int"),
         ({"temperature": 8.0} | INTERPOLATE, {}, "not 8.0: .* below and above it"),
         ({"temperature": 0.9} | INTERPOLATE, {}, "not 0.9: .* below and above it"),
-        ({"temperature": 1.5} | INTERPOLATE, {"temperatures": (1.0, 2.0)}, "of three or more"),
+        (
+            {"temperature": 1.5} | INTERPOLATE,
+            {"temperatures": (1.0, 2.0)},
+            "Interpolation needs three or more",
+        ),
         (
             {"temperature": 3.0} | INTERPOLATE,
             {"kind": "threshold", "temperatures": (1.0,)},

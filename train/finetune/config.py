@@ -125,8 +125,8 @@ _PATIENCE = 3
 
 class FinetuneConfig(TaskSettings):
     """How to fine-tune a model. The defaults, the same from Python and on the command line, suit a
-    BERT-sized encoder with some hundred labels and with many thousand. ``FixedBudget`` has those
-    for comparisons.
+    BERT-sized encoder with some hundred labels and with many thousand.
+    ``ComparisonFinetuneConfig`` has those for comparisons.
     """
 
     epochs: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
@@ -252,7 +252,7 @@ def check_loss(settings: TaskSettings, path: str, ranks: bool) -> None:
         )
 
 
-class FixedBudget(FinetuneConfig):
+class ComparisonFinetuneConfig(FinetuneConfig):
     """Fine-tuning for comparisons, as in a cycle: the same number of epochs for every model,
     keeping the last, so that no score is selected.
     """

@@ -20,7 +20,7 @@ from rekindle.data.errors import InputError
 from rekindle.train.hf.collator import TARGETS, TargetCollator
 from rekindle.train.hf.dataset import CacheDataset, IterableCacheDataset, Place, Shares
 from rekindle.train.hf.distillation import Distillation
-from rekindle.train.model.routers import balance_weight, describe_load_balancing
+from rekindle.train.model.routers import describe_load_balancing, load_balancing_weight
 from rekindle.train.objective.language_loss import IGNORED
 from rekindle.train.objective.objective import ROUTER
 from rekindle.train.objective.selection import Counts
@@ -119,7 +119,7 @@ class DistillationMixin:
         distillation.check_student(trainer.model, trainer.processing_class)
         _check_optimizer(getattr(trainer, "optimizer", None))
         if distillation.task == "causal_lm":
-            self._balance = balance_weight(trainer.model)
+            self._balance = load_balancing_weight(trainer.model)
             if routers := describe_load_balancing(trainer.model):
                 log.info("student: %s", routers)
         trainer.add_callback(_epoch_callback(trainer.train_dataset))

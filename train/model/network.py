@@ -52,7 +52,7 @@ class StudentOutput(NamedTuple):
 
     hidden: Tensor | None  # [N,H] the output matrix's input, at the selected positions
     logits: dict[str, Tensor]  # by head: [B,C], or [P,C] at the positions asked for
-    balance: Tensor | None = None  # in training: the load-balancing loss of routers
+    load_balancing_loss: Tensor | None = None  # in training, of routers
 
 
 class StudentNetwork(nn.Module):
@@ -175,7 +175,7 @@ class StudentNetwork(nn.Module):
                 logits[name] = head(states, inputs).flatten(0, 1)[places]
             else:
                 logits[name] = head(states.flatten(0, 1)[places])
-        return StudentOutput(hidden, logits, self._split.balance)
+        return StudentOutput(hidden, logits, self._split.load_balancing_loss)
 
     def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the body's final hidden states [B,S,H] of one forward pass."""

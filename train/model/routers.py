@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
-def balance_weight(model: "PreTrainedModel") -> float:
+def load_balancing_weight(model: "PreTrainedModel") -> float:
     """Return the weight of the load-balancing loss beside the others; 0 if none is configured.
 
     As in transformers: ``router_aux_loss_coef``, if ``output_router_logits`` is true.
@@ -24,7 +24,7 @@ def balance_weight(model: "PreTrainedModel") -> float:
 def describe_load_balancing(model: "PreTrainedModel") -> str | None:
     """Return a line about load balancing of a model's experts; None if it has none."""
     text = model.config.get_text_config()
-    weight, possible = balance_weight(model), _coefficient(text)
+    weight, possible = load_balancing_weight(model), _coefficient(text)
     if weight:
         return f"load-balancing loss of its routers (router) at weight {weight:g}"
     if possible and hasattr(text, "output_router_logits"):
@@ -36,7 +36,7 @@ def describe_load_balancing(model: "PreTrainedModel") -> str | None:
     return None
 
 
-def balanced_states(
+def states_with_load_balancing(
     model: "PreTrainedModel", inputs: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return the body's final hidden states [B,S,H], and the unweighted load-balancing loss.

@@ -21,7 +21,7 @@ from rekindle.data.corpus.columns import DOCUMENTS
 from rekindle.data.errors import InputError
 from rekindle.train.deferred.recording import try_when_filled
 from rekindle.train.model.files import longest_input
-from rekindle.train.model.routers import balance_weight, balanced_states
+from rekindle.train.model.routers import load_balancing_weight, states_with_load_balancing
 from rekindle.train.model.sight import (
     MODEL_ERRORS,
     SightError,
@@ -80,8 +80,10 @@ class SplitLanguageModel:
         self._select: Tensor | None = None
         self._states: Tensor | None = None
         self._form: Form | None = None  # for rows of several documents, once it is known
-        self._has_balance_loss = causal and balance_weight(self.model) > 0
-        self.balance: Tensor | None = None  # the load-balancing loss of the last pass in training
+        self._has_load_balancing = causal and load_balancing_weight(self.model) > 0
+        self.load_balancing_loss: Tensor | None = (
+            None  # the load-balancing loss of the last pass in training
+        )
         self.head_alone = False  # only the head is trained: the body makes no gradients
         self._softcap: float | None = None
         self._logit_scale = 1.0
@@ -116,7 +118,7 @@ class SplitLanguageModel:
         """Find how to tell the model that rows of up to ``room`` tokens hold several documents;
         raise SightError if it cannot read them.
         """
-        if self._has_balance_loss:
+        if self._has_load_balancing:
             raise SightError(
                 f"{type(self.model).__name__} has a load-balancing loss of its routers, which is "
                 "not "
@@ -141,9 +143,9 @@ class SplitLanguageModel:
         return _in_rows(self._states_of(self._model_inputs(inputs)), inputs)
 
     def _states_of(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        self.balance = None
-        if self._has_balance_loss and self.model.training:
-            states, self.balance = balanced_states(self.model, inputs)
+        self.load_balancing_loss = None
+        if self._has_load_balancing and self.model.training:
+            states, self.load_balancing_loss = states_with_load_balancing(self.model, inputs)
             return states
         states = self.model.base_model(**inputs).last_hidden_state
         return states

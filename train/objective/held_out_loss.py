@@ -55,7 +55,7 @@ class HeldOutLoss:
         evaluation has formed anyway; they are not computed again.
         """
         objective, plan = self.objective, self.plan
-        batch = objective.select(batch, plan)
+        batch = objective.select_targets(batch, plan)
         counts = objective.counts(batch, plan)
         if plan.hard > 0:
             self._add_sum("ce", plan.hard * known_sums["ce"][0], known_sums["ce"][1])

@@ -1,4 +1,4 @@
-"""The loss of a training step: hard · CE + Σ weight · τ² · divergence + Σ weight · method, from one
+"""The loss of a training step: w · CE + Σ weight · τ² · divergence + Σ weight · method, from one
 batch and one student.
 
 Every mean is over the whole step (all micro-batches, all processes): ``Objective.counts`` is
@@ -17,16 +17,16 @@ from rekindle.data.batch import Batch
 from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import DistillTerm, ObjectiveConfig
-from rekindle.train.device_batch import inputs_of, language_rows
-from rekindle.train.measures import PULL
+from rekindle.train.device_batch import CLEAN_TEXT, inputs_of, language_rows
+from rekindle.train.measures import GRADIENT
 from rekindle.train.method import Method
 from rekindle.train.model.network import HeadConfig, StudentOutput
 from rekindle.train.model.passes import RecordedPasses
 from rekindle.train.objective.language_loss import LanguageLoss
-from rekindle.train.objective.pulls import squared_pulls
 from rekindle.train.objective.selection import Add, Counts, StepPlan, count_rows, select_targets
 from rekindle.train.objective.task_loss import add_task_losses, heads_of
 from rekindle.train.objective.task_pass import run_heads
+from rekindle.train.objective.term_gradients import squared_gradient_norms
 from rekindle.train.objective.terms import check_terms
 from rekindle.train.schedules import Schedule, Weight, weight_at
 from rekindle.train.student import Student
@@ -34,10 +34,12 @@ from rekindle.train.student import Student
 Weighted = Sequence[tuple[DistillTerm, float]]
 
 
-class StepLoss(NamedTuple):
-    """A micro-batch's share of the step's loss. ``terms`` are detached and unweighted, and add up
-    over micro-batches; so do the squared norms of their gradients, which are among them at steps
-    that measure these (``pulls``).
+class MicroBatchLoss(NamedTuple):
+    """A micro-batch's share of the step's loss.
+
+    ``terms`` (detached, unweighted) add up over micro-batches. At steps that measure gradients,
+    ``terms`` also has each term's squared gradient norm, under GRADIENT and its name; these add up
+    too.
     """
 
     total: Tensor
@@ -52,7 +54,7 @@ class _Passes(NamedTuple):
 
     language: list[tuple[DistillTerm, float]]
     joined: list[tuple[DistillTerm, float]]  # task terms that share the pass of the LM loss
-    by_view: dict[str, list[tuple[DistillTerm, float]]]
+    by_view: dict[str, list[tuple[DistillTerm, float]]]  # of sentence pairs, or CLEAN_TEXT
 
     def reads_text(self, hard: float) -> bool:
         """Return whether there is a pass for the LM loss, with weight ``hard``."""
@@ -68,7 +70,7 @@ class Objective:
     task: str
     steps: int
     methods: Sequence[Method] = ()
-    balance: float = 0.0  # the weight of the student's load-balancing loss
+    load_balancing_weight: float = 0.0  # of the student's load-balancing loss, once it is built
     head_steps: int = 0  # the first steps, which train only the language model's own head
     measure_every: int | None = None  # steps between two measurements of the terms' gradients
 
@@ -77,9 +79,9 @@ class Objective:
         _check_shared(self.config.distill, self.methods, self.teachers)
         if self.head_steps and not any(self.plan(0).weights):
             raise InputError(
-                "train.warm_head_steps: they train the language model's own head, but no loss "
-                "does: hard.weight is 0 at the first step, and no vocabulary teacher has a "
-                "weight. Leave warm_head_steps out"
+                "train.warm_head_steps trains only the language model's own head, but no loss "
+                "reaches that head: hard.weight is 0 at the first step, and no vocabulary teacher "
+                "has a weight. Leave warm_head_steps out"
             )
         for step, when in self._steps_to_check():
             if not any(self.plan(step).weights):
@@ -90,8 +92,10 @@ class Objective:
                 )
 
     def _steps_to_check(self) -> Iterator[tuple[int, str]]:
-        """Yield the steps after which a weight may stay 0, the last step first, each with its name
-        in messages.
+        """Yield the steps at which all weights could have become 0, with their names in messages:
+        the last step, and the first after each schedule or the head's steps end.
+
+        Step 2 is the first with a weight that rises from 0.
         """
         yield self.steps - 1, "at the end of the run"
         if self.head_steps:
@@ -116,13 +120,12 @@ class Objective:
         return {name: head for heads in each for name, head in heads.items()}
 
     @property
-    def taught_teachers(self) -> set[str]:
+    def active_teachers(self) -> set[str]:
         """Return the teachers with a weight above 0 at some step."""
-        # Every schedule rises or falls throughout: it is 0 at both ends only if it is 0 everywhere.
         plans = self._end_plans
         methods = {method.name: method for plan in plans for method, _ in plan.methods}
-        taught = {name for method in methods.values() for name in method.teachers}
-        return taught.union(*(term.teachers for plan in plans for term in plan.distilled))
+        of_methods = {name for method in methods.values() for name in method.teachers}
+        return of_methods.union(*(term.teachers for plan in plans for term in plan.distilled))
 
     @property
     def reads_masks(self) -> bool:
@@ -165,7 +168,10 @@ class Objective:
 
     @property
     def _end_plans(self) -> list[StepPlan]:
-        """Return plans such that whatever has a weight at some step has one in one of them."""
+        """Return the plans of the first step, of the first after ``head_steps``, and of the last.
+
+        Schedules are monotonic, so a part with weight 0 in all three is never used.
+        """
         return [self.plan(0), self.plan(self.head_steps), self.last]
 
     @property
@@ -174,14 +180,14 @@ class Objective:
         return self.plan(self.steps - 1)
 
     @property
-    def trains_text(self) -> bool:
+    def trains_lm_head(self) -> bool:
         """Return whether the language model's own head is trained at some step, by the
         cross-entropy or by vocabulary teachers. If not, its cross-entropy would be that of an
         untrained head.
         """
         return any(plan.hard > 0 or self._group_by_pass(plan).language for plan in self._end_plans)
 
-    def select(self, batch: Batch, plan: StepPlan) -> Batch:
+    def select_targets(self, batch: Batch, plan: StepPlan) -> Batch:
         """Return the batch with only the targets that the step's terms use."""
         return select_targets(batch, plan.distilled)
 
@@ -191,8 +197,8 @@ class Objective:
         rows = dict(counts.rows)
         for method, _ in plan.methods:
             rows |= {f"{method.name}/{name}": n for name, n in method.count(batch).items()}
-        # Each micro-batch has a share of it, by its tokens.
-        if self.balance and self._group_by_pass(plan).reads_text(plan.hard):
+        # The load-balancing loss is divided among micro-batches by their tokens.
+        if self.load_balancing_weight and self._group_by_pass(plan).reads_text(plan.hard):
             rows[ROUTER] = int(batch.lengths.sum())
         return replace(counts, rows=rows)
 
@@ -202,11 +208,11 @@ class Objective:
         """
         names = ["ce"] if plan.hard > 0 and counts.labels else []
         names += [name for name, rows in sorted(counts.rows.items()) if rows]
-        return names + [PULL + name for name in names if self._measures_pulls(plan)]
+        return names + [GRADIENT + name for name in names if self._measures_gradients(plan)]
 
     def loss(
         self, student: Student, batch: Batch, counts: Counts, plan: StepPlan, device: torch.device
-    ) -> StepLoss:
+    ) -> MicroBatchLoss:
         """Return the loss of one micro-batch; ``counts`` are the whole step's.
 
         Runs the student once per view that a term needs. The plan alone decides which passes are
@@ -214,24 +220,24 @@ class Objective:
         gradient: if no row here has a loss, another process's may have one, and all must take part
         in its backward pass.
         """
-        if not self._measures_pulls(plan):
+        if not self._measures_gradients(plan):
             return self._loss(student, batch, counts, plan, device)
         recorded = RecordedPasses()
         with student.through(recorded):
-            step_loss = self._loss(student, batch, counts, plan, device)
+            micro_batch_loss = self._loss(student, batch, counts, plan, device)
 
         def form_terms(add: Add) -> None:
             self._add_each(student, batch, counts, plan, device, add, separate=True)
 
-        pulls = squared_pulls(student, recorded.passes, form_terms, device)
-        return step_loss._replace(terms=step_loss.terms | pulls)
+        norms = squared_gradient_norms(student, recorded.passes, form_terms, device)
+        return micro_batch_loss._replace(terms=micro_batch_loss.terms | norms)
 
-    def _measures_pulls(self, plan: StepPlan) -> bool:
+    def _measures_gradients(self, plan: StepPlan) -> bool:
         return self.measure_every is not None and plan.step % self.measure_every == 0
 
     def _loss(
         self, student: Student, batch: Batch, counts: Counts, plan: StepPlan, device: torch.device
-    ) -> StepLoss:
+    ) -> MicroBatchLoss:
         total, terms = torch.zeros((), device=device), dict[str, Tensor]()
 
         def add(name: str, loss: Tensor | None, shown: Tensor) -> None:
@@ -244,7 +250,7 @@ class Objective:
             embeddings = student.model.get_input_embeddings().weight
             trained = next(iter(student.own_head.values()), embeddings)
             total = total + 0.0 * (trained if plan.step < self.head_steps else embeddings)[0].sum()
-        return StepLoss(total, terms)
+        return MicroBatchLoss(total, terms)
 
     def _add_each(
         self,
@@ -274,7 +280,8 @@ class Objective:
         separate: bool = False,
     ) -> None:
         """Call ``add(name, loss, shown)`` for the cross-entropy and the terms of a plan, without
-        its methods. ``separate``: the cross-entropy in a loss of its own.
+        its methods. ``separate``: do not fuse the cross-entropy with a distillation term;
+        add each as a loss of its own.
         """
         passes = self._group_by_pass(plan)
         if passes.reads_text(plan.hard):
@@ -286,10 +293,11 @@ class Objective:
             language_loss = LanguageLoss(batch, rows, output.hidden, student.output_head, counts)
             language_loss.add_all(plan.hard, passes.language, add, separate)
             # Only once, for this pass; it is not a loss of what a head reads.
-            if self.balance and output.balance is not None and not separate:
+            balancing_loss = output.load_balancing_loss
+            if self.load_balancing_weight and balancing_loss is not None and not separate:
                 tokens = int(batch.lengths.sum())
-                share = output.balance * (tokens / max(counts.rows[ROUTER], 1))
-                add(ROUTER, share * self.balance, share)
+                share = balancing_loss * (tokens / max(counts.rows[ROUTER], 1))
+                add(ROUTER, share * self.load_balancing_weight, share)
         for view, view_terms in sorted(passes.by_view.items()):
             inputs = inputs_of(batch, view, device)
             self._run_task_heads(student, inputs, batch, view_terms, counts, add)
@@ -304,7 +312,9 @@ class Objective:
             elif not paired and (term.view == "masked" or self.task == "causal_lm"):
                 passes.joined.append((term, weight))
             else:
-                passes.by_view.setdefault(teacher.view if paired else "", []).append((term, weight))
+                passes.by_view.setdefault(teacher.view if paired else CLEAN_TEXT, []).append(
+                    (term, weight)
+                )
         return passes
 
     def _run_task_heads(

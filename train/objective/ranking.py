@@ -37,7 +37,7 @@ from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import inputs_of, language_rows, send
 from rekindle.train.distributed import World
 from rekindle.train.objective.selection import Counts, Groups, StepPlan, StudentSums
-from rekindle.train.objective.task_pass import run_heads, taught_rows
+from rekindle.train.objective.task_pass import align_with_targets, run_heads
 from rekindle.train.ranking.config import RankingConfig
 from rekindle.train.student import Student
 
@@ -274,4 +274,4 @@ def score_sequences(
     else:
         inputs = inputs_of(batch, target.info.view, device)
     logits = run_heads(student, inputs, batch, {name: target}).logits[name]
-    return taught_rows(logits, target)[0].float()[:, 0]
+    return align_with_targets(logits, target)[0].float()[:, 0]

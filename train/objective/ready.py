@@ -74,7 +74,7 @@ class BatchPreparer:
     def __call__(self, step: int, read: Batch) -> PreparedBatch:
         """Return the prepared batch of ``step`` from what was read for it."""
         plan = self.objective.plan(step)
-        batch = self.objective.select(read, plan)
+        batch = self.objective.select_targets(read, plan)
         parts = split_batch(batch, self.size or len(batch.index))
         if self.size is not None and self.count is not None:
             count = self.count(step)

@@ -19,7 +19,7 @@ from rekindle.train.objective.label_union import LabelUnion, certainty, expert_w
 from rekindle.train.objective.pseudo_labels import pseudo_label_loss
 from rekindle.train.objective.ranking import RankedRows, ranking_loss
 from rekindle.train.objective.selection import Add, Counts, common_rows, names_of
-from rekindle.train.objective.task_pass import taught_rows
+from rekindle.train.objective.task_pass import align_with_targets
 from rekindle.train.objective.vector_loss import vector_loss
 
 
@@ -75,7 +75,7 @@ def _expert_loss(
     """Return the loss of a head against its expert (for rankings of scores, differences and
     groups), and the value to show.
     """
-    student_rows, teacher_rows = taught_rows(logits, batch.targets[info.name])
+    student_rows, teacher_rows = align_with_targets(logits, batch.targets[info.name])
     if info.kind == "embedding":
         keys = batch.index[batch.targets[info.name].rows]
         return vector_loss(
@@ -123,7 +123,8 @@ def _mixture_loss(
 def task_loss(
     logits: Tensor, teacher_logits: Tensor, info: TeacherInfo, term: DistillTerm
 ) -> tuple[Tensor, Tensor]:
-    """Return a task head's loss [R,C] summed over rows, and the bare divergence (to show).
+    """Return the summed loss of a task head's logits [R,C], a scalar, and the same without τ² (the
+    value to show).
 
     Regression and ``mse``: squared error, mean over outputs. ``pseudo_label``: cross-entropy on the
     expert's class. Multi-label: KL of each label's Bernoulli. Classification: the divergence

@@ -42,8 +42,8 @@ def run_heads(
     return output
 
 
-def taught_rows(logits: Tensor, target: TargetBatch) -> tuple[Tensor, Tensor]:
-    """Return a head's logits (or vectors) and the expert's [R,C] at the rows with a target."""
+def align_with_targets(logits: Tensor, target: TargetBatch) -> tuple[Tensor, Tensor]:
+    """Return a head's logits (or vectors) and the expert's, at the rows with a target [R,C]."""
     if isinstance(target, EmbeddingBatch):
         return logits[send(target.rows, logits.device)], send(target.vectors, logits.device)
     if isinstance(target, SequenceTargetBatch):

@@ -23,7 +23,7 @@ from rekindle.train.distributed import World
 from rekindle.train.objective.embedding.base import unit
 from rekindle.train.objective.embedding.config import VectorTerm
 from rekindle.train.objective.selection import Counts, StepPlan, StepVectors, names_of
-from rekindle.train.objective.task_pass import run_heads, taught_rows
+from rekindle.train.objective.task_pass import align_with_targets, run_heads
 from rekindle.train.student import Student
 
 Run = Callable[..., Tensor]
@@ -148,7 +148,7 @@ def embed_sequences(
     else:
         inputs = inputs_of(batch, target.info.view, device)
     output = run_heads(student, inputs, batch, {name: target})
-    return taught_rows(output.logits[name], target)[0].float()
+    return align_with_targets(output.logits[name], target)[0].float()
 
 
 def vector_values(terms: Sequence[DistillTerm], name: str) -> list[str]:

@@ -18,7 +18,7 @@ from rekindle.data.settings import Settings, changeable_keys
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.targets.reading.extent import Extent
 from rekindle.train.config import STEPS_ONCE, StudentConfig, TrainConfig
-from rekindle.train.measures import MEASURE, SECTION, measure_of
+from rekindle.train.measures import EVALUATION_SECTION, EVALUATION_VERSION, evaluation_version_of
 from rekindle.train.method import find_method
 from rekindle.train.model.files import config_fingerprint, weights_fingerprint
 from rekindle.train.model.folder import ADAPTER_FILE, SETTINGS_FILE, resolve_model
@@ -29,7 +29,7 @@ from rekindle.train.record.run_folder import (
     read_record,
     reading_record,
 )
-from rekindle.train.step_config import LENGTH, recorded_steps
+from rekindle.train.step_config import LENGTH_SECTION, recorded_steps
 from rekindle.train.student import ABOUT_FILE
 
 log = logging.getLogger("rekindle")
@@ -97,13 +97,11 @@ def recorded_extent(run: Path) -> Extent:
         return Extent.model_validate({key: cache[key] for key in EXTENT if key in cache})
 
 
-def measure_of_run(run: Path) -> int:
-    """Return the rule by which the run in ``run`` measures held-out values; the newest if there is
-    none.
-    """
+def evaluation_version_of_run(run: Path) -> int:
+    """Return the evaluation version of the run in ``run``; the newest if there is none."""
     record = _read_run_record(run)
     with reading_record(run / RUN_FILE, START_AGAIN):
-        return MEASURE if record is None else measure_of(record)
+        return EVALUATION_VERSION if record is None else evaluation_version_of(record)
 
 
 def steps_of_run(run: Path) -> int | None:
@@ -164,8 +162,8 @@ def check_run(run: Path, about: About, resume: bool, free: Collection[str] = ())
         completed["cache"] |= record["cache"]
         files = current.get(STUDENT_FILES, {})
         completed[STUDENT_FILES] = record.get(STUDENT_FILES, files)
-        completed[SECTION] = record.get(SECTION, {})
-        completed[LENGTH] = record.get(LENGTH, current.get(LENGTH, {}))
+        completed[EVALUATION_SECTION] = record.get(EVALUATION_SECTION, {})
+        completed[LENGTH_SECTION] = record.get(LENGTH_SECTION, current.get(LENGTH_SECTION, {}))
         # Keys that only the record has come from an older version.
         comparable = {name: {k: completed[name].get(k) for k in current[name]} for name in current}
     if STUDENT_FILES in current:
@@ -201,16 +199,18 @@ def began_with_student(run: Path, config: StudentConfig) -> bool:
 
 
 def keys_that_may_change(
-    student: StudentConfig, train: TrainConfig, balanced: bool = False
+    student: StudentConfig, train: TrainConfig, has_load_balancing: bool = False
 ) -> list[str]:
     """Return the dotted keys of a run's record that may differ when it is resumed.
 
-    ``balanced``: the student has a load-balancing loss, which is not a sum over sequences: its
-    value depends on what is in one forward pass.
+    ``has_load_balancing``: the student has a load-balancing loss, which is not a sum over
+    sequences: its value depends on what is in one forward pass.
     """
     sections = {"student": student, "train": train}
     keys = [f"{name}.{key}" for name, one in sections.items() for key in changeable_keys(one)]
-    return [key for key in keys if not (balanced and key == "train.micro_batch_sequences")]
+    return [
+        key for key in keys if not (has_load_balancing and key == "train.micro_batch_sequences")
+    ]
 
 
 def _way_out(run: Path, current: About) -> str:

@@ -22,10 +22,10 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import write_json
 from rekindle.train.config import TrainConfig
 from rekindle.train.distributed import ParallelStudent
-from rekindle.train.objective.pulls import with_norms
 from rekindle.train.objective.ranking import with_groups
 from rekindle.train.objective.ready import PreparedBatch
 from rekindle.train.objective.selection import StepPlan
+from rekindle.train.objective.term_gradients import with_norms
 from rekindle.train.objective.vector_loss import with_vectors
 from rekindle.train.optimizer import set_learning_rate
 from rekindle.train.precision import autocast

@@ -111,7 +111,7 @@ def test_a_step_is_that_of_a_direct_computation(taught, tmp_path, task):
     lora = {name: values.clone() for name, values in student.adapter.tensors().items()}
     plan = objective.plan(0)
     index = made.stream.order.at(0)
-    batch = objective.select(cache.gather(index, ["lm"], masked_view=view), plan)
+    batch = objective.select_targets(cache.gather(index, ["lm"], masked_view=view), plan)
     replica = 0 if batch.masked is None else batch.masked.replica
     loss, _ = objective.loss(student, batch, objective.counts(batch, plan), plan, CPU)
     loss.backward()

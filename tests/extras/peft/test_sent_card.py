@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from rekindle.pipeline.sharing.contents import model_place
+from rekindle.pipeline.sharing.contents import model_folder
 from rekindle.pipeline.sharing.models import model_files
 from rekindle.train.export.card import student_card
 from rekindle.train.model.parts.head_config import HeadConfig
@@ -31,7 +31,7 @@ def test_the_card_of_an_adapter_does_not_say_where_it_or_its_base_lies(bert, tmp
     assert str(base) in (folder / "README.md").read_text()
     if moved:
         folder = folder.rename(tmp_path / "b")
-    _, found, _ = model_files(model_place(str(folder)), str(folder), "me/x")
+    _, found, _ = model_files(model_folder(str(folder)), str(folder), "me/x")
     files = {n: of if isinstance(of, bytes) else of.read_bytes() for n, of in found.items()}
     for name, of in files.items():
         assert b"somebody" not in of, name

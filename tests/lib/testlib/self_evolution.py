@@ -98,7 +98,7 @@ class Step:
         """Return (loss, terms, gradients) over the sequences ``index``."""
         name = self.cache.masked_view(view).name
         names = self.objective.plan(0).teachers
-        batch = self.objective.select(
+        batch = self.objective.select_targets(
             self.cache.gather(index, names, masked_view=name), self.objective.plan(0)
         )
         counts = self.objective.counts(batch, self.objective.plan(0))

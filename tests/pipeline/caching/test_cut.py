@@ -10,7 +10,7 @@ from rekindle.data.cache import Cache
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.inspect import inspect_cache
 from rekindle.pipeline.plan.run import plan_run
-from rekindle.pipeline.plan.text import shown_plan
+from rekindle.pipeline.plan.text import format_plan
 
 LIMIT = 14  # tokens that the experts take
 
@@ -47,7 +47,7 @@ def test_what_experts_do_not_see_is_planned_said_and_recorded(
         "words": [(e.text,) for e in examples],
     }
     facts = json.loads(inspect_cache(str(tmp_path / "c"), as_json=True))["teachers"]
-    told = shown_plan(planned).replace("\n", " ")
+    told = format_plan(planned).replace("\n", " ")
     for name, texts in given.items():
         lengths = np.array([len(tokenizer(*text)["input_ids"]) for text in texts])
         cut, lost = shares(lengths)

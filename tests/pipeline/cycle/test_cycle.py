@@ -18,7 +18,7 @@ from rekindle.data.errors import CacheMismatchError, CheckpointError, InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline import job_functions as stages
 from rekindle.pipeline.config import dump_config, load_config
-from rekindle.pipeline.cycle.arms import USUAL as ARMS
+from rekindle.pipeline.cycle.arms import DEFAULT_ARMS as ARMS
 from rekindle.pipeline.cycle.config import CycleConfig, load_cycle
 from rekindle.pipeline.cycle.finetuned import folder_of
 from rekindle.pipeline.cycle.inputs import read_tasks
@@ -129,7 +129,7 @@ def test_without_a_search_nothing_is_searched(config, tasks, tmp_path):
 
 
 def test_students_differ_in_who_teaches_them_and_in_masked_lm_alone(config, tasks, tmp_path):
-    learned = {name: (one.tasks, one.masked) for name, one in students_of(config).items()}
+    learned = {name: (one.tasks, one.learns_masked_lm) for name, one in students_of(config).items()}
     assert learned == {
         "mixture": (("colour", "alike"), True),
         "both-colour": (("colour",), True),
@@ -152,7 +152,7 @@ def test_students_differ_in_who_teaches_them_and_in_masked_lm_alone(config, task
         assert run.train.objective.hard.weight == (1.0 if masked else 0.0)
         same = run.train.model_copy(update={"objective": config.train.objective})
         assert same == config.train
-        text = config.text_of("").model_copy(update={"without": run.corpus.without})
+        text = config.corpus_of("").model_copy(update={"without": run.corpus.without})
         assert (run.corpus, run.student) == (text, config.student)
         assert len(run.corpus.without) == 2  # the tests of both tasks
     assert [t.task for t in runs["stage1.yaml"].teachers] == [

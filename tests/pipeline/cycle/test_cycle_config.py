@@ -11,7 +11,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.cli import app
 from rekindle.pipeline.config import dump_config, load_config
-from rekindle.pipeline.cycle.arms import USUAL
+from rekindle.pipeline.cycle.arms import DEFAULT_ARMS
 from rekindle.pipeline.cycle.config import CycleConfig, load_cycle
 from rekindle.pipeline.cycle.page import commands_of
 from rekindle.pipeline.cycle.record import resumed_config
@@ -37,7 +37,7 @@ def config_of(*overrides):
 
 def test_without_more_everything_is_compared_over_five_seeds():
     config = config_of()
-    assert config.arms == USUAL
+    assert config.arms == DEFAULT_ARMS
     assert config.seeds == 5
     assert config.search_points() == [{}]
 
@@ -65,7 +65,7 @@ def test_every_point_is_tried_with_seeds_that_are_not_compared():
     config = config_of("search.learning_rate=[1e-5,2e-5]", "search.batch_size=[8,16,32]")
     points = config.search_points()
     assert len({point_name(point) for point in points}) == len(points) == 6
-    assert not set(config.seeds_of_search) & set(range(config.seeds))
+    assert not set(config.search_seed_range) & set(range(config.seeds))
 
 
 def test_a_searched_value_is_the_one_that_is_used():
@@ -133,7 +133,7 @@ def test_a_tasks_own_settings_are_over_the_files():
         ("finetune.head=a", "begin with fresh heads"),
         ("train.curriculum={teacher: a}", "the arms that see none"),
         ("train.keep_best=kl/a", "not all students have"),
-        ("train.objective.hard.weight=0", "mlm would learn nothing"),
+        ("train.objective.hard.weight=0", "the arm 'mlm' would learn nothing"),
         ("distill.teachers=[b]", "what the arms set"),
         ("tasks.b.distill={weight: 0}", "teach nothing"),
         ("experts.finetune={epochs: 9}", "experts of another model"),
@@ -231,8 +231,8 @@ def test_what_is_searched_is_not_given_beside_it(where, tmp_path):
 def test_experts_may_have_seeds_of_their_own():
     config = config_of("experts.seeds=3", "seeds=1", "search.batch_size=[8,16]", "search_seeds=2")
     assert config.teachers_of("a", "committee") == ["a.0", "a.1", "a.2"]
-    assert config.seeds_of_search == range(3, 5)
-    assert config_of("experts.seeds=2").seeds_of_search == range(5, 6)
+    assert config.search_seed_range == range(3, 5)
+    assert config_of("experts.seeds=2").search_seed_range == range(5, 6)
     assert "committee" not in config.twins
     assert config_of("experts.seeds=1").twins["committee"] == "kd"
     lines = dict(commands_of(Path("home"), config, {}))
@@ -263,7 +263,7 @@ def test_every_task_may_have_a_text_of_its_own():
         *("corpus={tokenizer: model, sequence_length: 32}", "tasks.a.corpus={source: [a.txt]}"),
         "tasks.b.corpus={source: [b.txt], sequence_length: 64}",
     )
-    texts = {name: config.text_of(name) for name in config.texts}
+    texts = {name: config.corpus_of(name) for name in config.text_names}
     assert {name: one.source for name, one in texts.items()} == {"a": ("a.txt",), "b": ("b.txt",)}
     assert [one.sequence_length for one in texts.values()] == [32, 64]
     assert [config.cache_of(name).path for name in texts] == ["/a", "/b"]
@@ -304,6 +304,6 @@ def test_the_files_of_the_measurements_are_cycles(name):
     config = load_cycle(BENCHMARKS / f"{name}.yaml")
     assert [task.name for task in config.tasks] == ["cola", "sst2", "mrpc", "stsb"]
     assert config.seeds * config.label_draws >= 5
-    assert config.arms == USUAL
+    assert config.arms == DEFAULT_ARMS
     head = load_config(BENCHMARKS / "glue_mlm_head.yaml")
     assert not head.teachers

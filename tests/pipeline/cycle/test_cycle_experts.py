@@ -268,10 +268,10 @@ def test_test_texts_that_are_kept_are_counted(values, tmp_path):
     file, out = tmp_path / "run.yaml", tmp_path / "held.json"
     file.write_text(yaml.safe_dump(run))
     functions.cache(file, (), tmp_path / "done.json", Report())
-    functions.count_held(file, [tests], out, Report())
+    functions.count_held_texts(file, [tests], out, Report())
     assert json.loads(out.read_text()) == {"exact": 1, "near": 0, "removed": False}
     corpus.unlink()
-    functions.count_held(file, [tests], out, Report())
+    functions.count_held_texts(file, [tests], out, Report())
     assert json.loads(out.read_text()) == {"exact": None, "near": None, "removed": False}
 
 

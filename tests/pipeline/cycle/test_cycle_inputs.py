@@ -19,7 +19,7 @@ from rekindle.pipeline.cycle.inputs import (
 )
 from rekindle.pipeline.cycle.record import remove_outdated_splits
 from rekindle.pipeline.cycle.sections import CycleTask
-from rekindle.train.finetune.config import FinetuneConfig, FixedBudget, TaskSettings
+from rekindle.train.finetune.config import ComparisonFinetuneConfig, FinetuneConfig, TaskSettings
 from rekindle.train.finetune.task_data import read_task
 
 
@@ -300,7 +300,7 @@ def test_a_missing_file_is_named(tmp_path):
         seed = 0
 
         def finetune_of(self, task, point, arm):
-            return FixedBudget()
+            return ComparisonFinetuneConfig()
 
     with pytest.raises(InputError, match=r"none\.jsonl"):
         read_tasks(Config())

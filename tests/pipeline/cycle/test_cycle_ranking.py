@@ -18,7 +18,7 @@ from rekindle.pipeline.cycle.page import printed
 from rekindle.pipeline.cycle.run import run_cycle
 from rekindle.pipeline.cycle.run_files import configs
 from rekindle.pipeline.cycle.sections import CycleTask
-from rekindle.train.finetune.config import FixedBudget
+from rekindle.train.finetune.config import ComparisonFinetuneConfig
 from rekindle.train.finetune.task_data import read_task
 from testlib.small_cycle.here import TINY, WORDS, Here, sections
 
@@ -73,7 +73,7 @@ def test_what_is_written_reads_as_the_same_groups(folder, tmp_path):
     found = _read(task_of(folder, 12), 0)
     write_tasks([found], tmp_path)
     files = {name: str(path) for name, path in found.files_in(tmp_path).items()}
-    again = read_task(*files.values(), settings=found.own_settings(FixedBudget()))
+    again = read_task(*files.values(), settings=found.own_settings(ComparisonFinetuneConfig()))
     for name, data in zip(files, again, strict=True):
         there, rows = found.splits[name], found.rows[name]
         assert data.labels.tolist() == there.labels[rows].tolist()

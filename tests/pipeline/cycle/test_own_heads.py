@@ -10,7 +10,7 @@ from rekindle.pipeline.job_functions import FineTuning, score_head
 from rekindle.pipeline.processes.jobs import Report
 from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.evaluate import evaluate_file
-from rekindle.train.finetune.config import FixedBudget
+from rekindle.train.finetune.config import ComparisonFinetuneConfig
 from testlib.answers.judges import head, saved_student, write
 
 
@@ -41,7 +41,7 @@ def of(home, task, out, student=0):
 @pytest.mark.parametrize("length", [None, 4])
 def test_it_scores_what_pipeline_evaluate_does(home, tmp_path, length):
     """Of as much of a text as its fine-tuning reads, where that is told."""
-    config = FixedBudget(max_length=length, positive="yes")
+    config = ComparisonFinetuneConfig(max_length=length, positive="yes")
     score_head(of(home, "light", tmp_path / "distilled", student=2), config, Report())
     one = read_finetuned(tmp_path, "distilled", "kd", "light")
     assert one.seeds == [2]
@@ -57,5 +57,5 @@ def test_it_scores_what_pipeline_evaluate_does(home, tmp_path, length):
 
 def test_a_student_without_a_head_for_the_task_is_refused(home, tmp_path):
     with pytest.raises(InputError, match=r"light\.0\+light\.1, lighter for the task heavy"):
-        score_head(of(home, "heavy", tmp_path / "out"), FixedBudget(), Report())
+        score_head(of(home, "heavy", tmp_path / "out"), ComparisonFinetuneConfig(), Report())
     assert not (tmp_path / "out").exists()

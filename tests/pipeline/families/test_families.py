@@ -160,7 +160,7 @@ def loss_of(student, setting):
     batch = setting.cache.gather(
         setting.index, plan.teachers, epoch=EPOCH, masked_view=setting.view
     )
-    batch = objective.select(batch, plan)
+    batch = objective.select_targets(batch, plan)
     counts, loss = objective.counts(batch, plan), 0.0
     for part in split_batch(batch, 3):
         made = objective.loss(student, part, counts, plan, torch.device("cpu"))

@@ -85,7 +85,7 @@ def cached_loss(run_file, parts, kind):
     chosen = load_config(run_file).train.objective.model_validate(committee(kind))
     infos = {f"{kind}-{n}": cache.teacher(f"{kind}-{n}").info for n in MEMBERS}
     objective = Objective(chosen, infos, TASK, 10)
-    batch = objective.select(batch, objective.plan(0))
+    batch = objective.select_targets(batch, objective.plan(0))
     loss = objective.loss(
         student, batch, objective.counts(batch, objective.plan(0)), objective.plan(0), CPU
     ).total

@@ -222,7 +222,7 @@ def test_each_sequence_is_taught_by_its_domains_teacher_alone(routed, lm):
     for index in range(12):
         for epoch in (0, 1):
             read = cache.gather(np.array([index]), ["even", "odd"], epoch=epoch, masked_view=view)
-            batch = objective.select(read, objective.plan(0))
+            batch = objective.select_targets(read, objective.plan(0))
             domain = read.domains[0]
             counted = {name: len(batch.targets[name].rows) for name in infos}
             assert counted[domain] == len(read.masked.positions) > 0

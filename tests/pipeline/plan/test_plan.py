@@ -17,7 +17,7 @@ from rekindle.pipeline.plan.figures import Padding
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.sample import survey_corpus
 from rekindle.pipeline.plan.surveyed import _padding
-from rekindle.pipeline.plan.text import shown_plan
+from rekindle.pipeline.plan.text import format_plan
 from rekindle.train.config import StudentConfig
 from testlib.stage_one.planned import NAMES, WHOLE, of
 
@@ -76,8 +76,8 @@ def test_other_targets_and_codecs_come_out_as_probed(tmp_path, configure, teache
         if not of(plain, name).at_most:
             assert of(plain, name).bytes == pytest.approx(real, rel=0.1)
         assert not of(probed, name).at_most
-    assert "at most" not in shown_plan(probed)
-    told = shown_plan(plain)
+    assert "at most" not in format_plan(probed)
+    told = format_plan(plain)
     assert f"≤ {shown_bytes(of(plain, 'random').bytes)}" in told
     assert f"at most {shown_bytes(plain.totals.bytes)} to write" in told.replace("\n", " ")
 
@@ -112,7 +112,7 @@ def test_what_padding_costs_the_student_is_said(made, tmp_path):
     assert found.batching == "shuffled"
     assert found.shuffled >= found.similar_lengths >= 1
     uneven = replace(made["plain"].corpus, padding=Padding("similar_lengths", 3.0, 1.04))
-    shown = " ".join(shown_plan(replace(made["plain"], corpus=uneven)).split())
+    shown = " ".join(format_plan(replace(made["plain"], corpus=uneven)).split())
     assert (
         "train.batching similar_lengths: with padding, about 1.04 tokens are computed for each of "
         "the text (shuffled: 3.00)" in shown
@@ -242,7 +242,7 @@ def test_a_model_that_is_not_here(tmp_path, configure, teachers, made):
             else:
                 assert work.bytes is None
         assert set(found.totals.unknown) == set(NAMES)
-        assert "at least" in " ".join(shown_plan(found).split())  # lines are wrapped
+        assert "at least" in " ".join(format_plan(found).split())  # lines are wrapped
 
 
 def test_labels_are_known_from_the_cache(tmp_path, configure, teachers):
@@ -307,4 +307,4 @@ def test_too_little_room_is_told(tmp_path, configure, teachers, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage)
     short = plan_run(config, probe=False)
     assert len(short.warnings) == 1
-    assert "not enough room" in shown_plan(short)
+    assert "not enough room" in format_plan(short)

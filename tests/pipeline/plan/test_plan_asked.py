@@ -13,7 +13,7 @@ from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.scale import Scale
-from rekindle.pipeline.plan.text import shown_plan
+from rekindle.pipeline.plan.text import format_plan
 from rekindle.pipeline.train_student import describe_result, train_from_config
 
 TEXTS = [f"the old river runs over city {n} and " * (1 + n % 4) for n in range(30)]
@@ -51,7 +51,7 @@ def test_so_many_texts_cost_what_they_then_do(tmp_path, configure, teachers):
         assert work.bytes == pytest.approx(made.bytes, rel=0.15)
     again = plan_run(small, probe=False, scale=Scale(tokens=real.corpus.tokens)).corpus
     assert (again.texts, again.sequences) == (300, len(real))
-    assert "300 texts" in shown_plan(found)
+    assert "300 texts" in format_plan(found)
 
 
 def test_beside_a_cache_of_another_corpus_a_new_one_is_planned(tmp_path, configure, teachers):

@@ -155,7 +155,9 @@ def test_texts_of_tests_are_left_out_of_a_plan_as_of_the_cache(tmp_path, configu
     monkeypatch.setattr(source_sample, "SAMPLE_DOCUMENTS", 100)
     assert sample_source(config.corpus).share == pytest.approx(0.5, rel=0.05)
     new = configure(tmp_path / "new", [], corpus=corpus)
-    assert "of the source; up to there, 51 records left out" in plan_run(new).corpus.basis
+    assert (
+        "of the source; within these documents, 51 records left out" in plan_run(new).corpus.basis
+    )
 
 
 @pytest.mark.parametrize("packing", ["document", "contiguous"])

@@ -19,7 +19,7 @@ from rekindle.pipeline.plan.figures import BreakEven, CorpusPlan, RunPlan, Teach
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.scale import Scale
 from rekindle.pipeline.plan.shared import Pass
-from rekindle.pipeline.plan.text import shown_plan, shown_seconds
+from rekindle.pipeline.plan.text import format_plan, format_seconds
 from testlib.stage_one.planned import NAMES, WHOLE, of
 
 
@@ -67,7 +67,7 @@ def test_teachers_that_share_a_pass_divide_its_time(tmp_path, configure, teacher
         assert of(found, name).seconds == pytest.approx(tokens / 2)
         assert of(found, name).seconds_per_token == pytest.approx(1 / 2)
     assert found.totals.seconds == pytest.approx(3 * tokens)
-    assert "causal, drawn: one forward pass for all of them; its time" in shown_plan(found)
+    assert "causal, drawn: one forward pass for all of them; its time" in format_plan(found)
     alone = configure(tmp_path / "cache", [causal])
     assert of(plan_run(alone), "causal").bytes == of(found, "causal").bytes
     cache_teachers(alone)
@@ -188,7 +188,7 @@ def test_text_and_json(made, when):
     values = json.loads(json.dumps(found.as_dict(), allow_nan=False))
     assert [t["name"] for t in values["teachers"]] == list(NAMES)
     assert values["corpus"]["sequences"] == found.corpus.sequences
-    text = shown_plan(found)
+    text = format_plan(found)
     assert all(len(line) <= 80 for line in text.splitlines())
     assert all(name in text for name in NAMES)
 
@@ -206,7 +206,7 @@ def test_what_is_too_long_is_wrapped():
         warnings=("the first line\nthe second",),
         to_make=(),
     )
-    lines = shown_plan(plan).splitlines()
+    lines = format_plan(plan).splitlines()
     assert all(len(line) <= 80 for line in lines)
     for name in names:
         assert sum(line.count(name[0]) for line in lines) >= len(name)
@@ -223,7 +223,7 @@ def test_bytes_are_shown_to_three_digits(size):
 
 @given(st.floats(0, 1e8))
 def test_seconds_are_shown_in_the_unit_that_fits(seconds):
-    shown = shown_seconds(seconds)
+    shown = format_seconds(seconds)
     if shown == "under a second":
         assert seconds < 1
         return
@@ -241,6 +241,6 @@ def test_one_is_singular():
     )
     assert shown_bytes(1) == "1 byte"
     assert shown_bytes(1_500_000_000) == "1.5 GB"
-    assert shown_seconds(1) == "1 second"
-    assert shown_seconds(5400) == "1.5 hours"
-    assert shown_seconds(150) == "2.5 minutes"
+    assert format_seconds(1) == "1 second"
+    assert format_seconds(5400) == "1.5 hours"
+    assert format_seconds(150) == "2.5 minutes"

@@ -13,8 +13,8 @@ from rekindle.train.finetune.best_epoch import DONE, MAX_STEPS, PATIENCE, BestEp
 from rekindle.train.finetune.config import (
     LEAST_EPOCHS,
     LEAST_STEPS,
+    ComparisonFinetuneConfig,
     FinetuneConfig,
-    FixedBudget,
     plan_steps,
 )
 from rekindle.train.finetune.run import finetune
@@ -32,7 +32,7 @@ def test_by_default_there_are_enough_steps_and_no_more_epochs_than_they_need(row
 
 def test_the_budget_of_what_is_compared_is_what_it_was():
     """Cycles, the demo and the built-in experts: whoever changes this changes recorded results."""
-    config = FixedBudget()
+    config = ComparisonFinetuneConfig()
     assert (config.epochs, config.patience, config.batch_size) == (3, None, 32)
     rest = ("learning_rate", "schedule", "warmup", "weight_decay", "max_length", "max_steps")
     assert [getattr(config, key) for key in rest] == [5e-5, "linear", 0.1, 0.01, None, None]

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.train import loop, prepare
 from rekindle.train.device_batch import SentArray
-from rekindle.train.objective.objective import Objective, StepLoss
+from rekindle.train.objective.objective import MicroBatchLoss, Objective
 from rekindle.train.objective.ready import BatchPreparer
 from rekindle.train.steps.take import Judge
 from testlib.loop import ALL, run, stop_at, train_config
@@ -56,7 +56,7 @@ def broken_at(step, spoil):
 
     def broken(self, student, batch, counts, plan, device):
         found = loss(self, student, batch, counts, plan, device)
-        return StepLoss(spoil(found.total), found.terms) if plan.step == step else found
+        return MicroBatchLoss(spoil(found.total), found.terms) if plan.step == step else found
 
     return broken
 
@@ -194,13 +194,13 @@ class Noted:
 
 def test_batches_that_were_sent_ahead_teach_the_same(masked_world, whole, tmp_path, monkeypatch):
     """And every copy that is sent is what the loss takes: none is made again."""
-    copies, real, taken = Noted(), SentArray.there, Counter()
+    copies, real, taken = Noted(), SentArray.copy_on_device, Counter()
 
-    def there(array):
+    def copy_on_device(array):
         taken[id(array)] += array.sent is not None
         return real(array)
 
-    monkeypatch.setattr(SentArray, "there", there)
+    monkeypatch.setattr(SentArray, "copy_on_device", copy_on_device)
     monkeypatch.setattr(
         prepare,
         "BatchPreparer",

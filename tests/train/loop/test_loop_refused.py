@@ -16,7 +16,7 @@ from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.masking import MaskConfig
 from rekindle.train.config import StudentConfig
 from rekindle.train.loop import train_student
-from rekindle.train.objective.objective import Objective, StepLoss
+from rekindle.train.objective.objective import MicroBatchLoss, Objective
 from rekindle.train.order.held_out import split_corpus
 from rekindle.train.order.sequences import Order
 from rekindle.train.order.stream import TrainingStream
@@ -64,7 +64,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(masked_world, tmp_path, mon
         result = loss(self, student, batch, counts, plan, device)
         weight = next(student.parameters())
         spike = (weight.sum() * 0).sqrt() if plan.step == 3 else 0.0
-        return StepLoss(result.total + spike, result.terms)
+        return MicroBatchLoss(result.total + spike, result.terms)
 
     monkeypatch.setattr(Objective, "loss", broken)
     chosen = train_config(checkpoint_every=1, max_grad_norm=clip)

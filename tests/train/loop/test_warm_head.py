@@ -139,7 +139,7 @@ def test_a_fresh_head_says_what_it_does_and_what_to_do(masked_world, body, tmp_p
 
 def test_what_cannot_be_is_refused(masked_world, causal_world, tmp_path):
     experts = train_config([{"teachers": ["sense"]}], hard=0.0, **WARM)
-    refused(masked_world, tmp_path, "no loss does: hard.weight is 0", experts)
+    refused(masked_world, tmp_path, "no loss reaches that head: hard.weight is 0", experts)
     refused(causal_world, tmp_path, "no head of its own", train_config(**WARM))
     for values, words in (
         ({"warm_head_steps": 10}, "nothing but the language model's head"),

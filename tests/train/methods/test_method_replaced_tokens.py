@@ -14,7 +14,7 @@ from rekindle.train.config import StudentConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import World
 from rekindle.train.loop import train_student
-from rekindle.train.measures import PULL
+from rekindle.train.measures import GRADIENT
 from rekindle.train.methods.replaced_tokens import ReplacedTokenHead
 from rekindle.train.prepare import prepare, prepare_objective
 from rekindle.train.record.run_log import read_metrics
@@ -50,7 +50,7 @@ class Setting:
     def batch(self, index):
         teachers = self.objective.plan(0).teachers
         found = self.cache.gather(np.asarray(index), teachers, masked_view=self.view)
-        return self.objective.select(found, self.objective.plan(0))
+        return self.objective.select_targets(found, self.objective.plan(0))
 
     def run(self, parts, counts):
         self.student.zero_grad(set_to_none=True)
@@ -153,7 +153,7 @@ def test_a_batch_without_any_target_has_a_loss_of_nothing(kinds, student):
     loss, terms, found = setting.run(
         [batch], setting.objective.counts(batch, setting.objective.plan(0))
     )
-    nothing = {"replaced_tokens/loss": 0.0, f"{PULL}replaced_tokens/loss": 0.0}
+    nothing = {"replaced_tokens/loss": 0.0, f"{GRADIENT}replaced_tokens/loss": 0.0}
     assert (loss, terms) == (0.0, nothing)
     assert any("method:" in name for name in found)
 

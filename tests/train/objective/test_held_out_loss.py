@@ -27,7 +27,7 @@ def trained(setting):
     """The objective's own loss of the sequences, all in one step and one micro-batch."""
     objective, plan = setting.objective, setting.objective.last
     batch = setting.cache.gather(setting.index, plan.teachers, epoch=0, masked_view=setting.view)
-    batch = objective.select(batch, plan)
+    batch = objective.select_targets(batch, plan)
     counts = setting._centred(objective.counts(batch, plan), [batch], plan.step, setting.world)
     with torch.no_grad():
         return float(objective.loss(setting.student, batch, counts, plan, CPU).total)

@@ -314,5 +314,5 @@ def test_who_teaches_at_some_step(masked_world, weights, taught):
     names = ("big", "wide")
     distill = [term(name, weight=w) for name, w in zip(names, weights, strict=True)]
     objective = Setting(masked_world, {"distill": distill}).objective
-    assert objective.taught_teachers == taught
+    assert objective.active_teachers == taught
     assert taught == {n for step in range(objective.steps) for n in objective.plan(step).teachers}

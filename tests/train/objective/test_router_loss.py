@@ -9,6 +9,7 @@ import transformers
 
 from rekindle.data.errors import CheckpointError, ResumableError
 from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.device_batch import CLEAN_TEXT
 from rekindle.train.loop import train_student
 from rekindle.train.record.run_log import read_metrics
 from testlib.objective.setting import Setting
@@ -45,7 +46,7 @@ def world(request, causal_world, tmp_path):
 
 def test_it_is_transformers_own_in_value_and_gradient(world):
     setting = Setting(world, {"hard": {"weight": 1.0}})
-    setting.objective.balance = 0.5
+    setting.objective.load_balancing_weight = 0.5
     setting.student.train()
     loss, terms, found = setting.run()
     batch = setting.batch(0)
@@ -80,13 +81,13 @@ def test_it_is_of_the_text_that_the_language_loss_reads_alone(world, monkeypatch
     each = []
     for hard, apart in ((1.0, False), (1.0, True), (0.0, True)):
         setting = Setting(world, {"hard": {"weight": hard}, "distill": [{"teachers": ["sense"]}]})
-        setting.objective.balance = 0.5
+        setting.objective.load_balancing_weight = 0.5
         setting.student.train()
         split = setting.objective._group_by_pass
 
         def moved(plan, split=split):  # an expert of pairs, as it were
             found = split(plan)
-            return found._replace(joined=[], by_view={"": found.joined})
+            return found._replace(joined=[], by_view={CLEAN_TEXT: found.joined})
 
         if apart:
             monkeypatch.setattr(setting.objective, "_group_by_pass", moved)

@@ -68,7 +68,7 @@ class Setting:
             masked_view=self.view,
             allow_missing=self.missing,
         )
-        return self.objective.select(found, self.objective.plan(step))
+        return self.objective.select_targets(found, self.objective.plan(step))
 
     def run(self, step=0, micro=None):
         """Return (loss, terms, gradients by parameter) of a step, in micro-batches."""

@@ -12,7 +12,7 @@ from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.inspect import inspect_cache
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.pipeline.plan.run import plan_run
-from rekindle.pipeline.plan.text import shown_plan
+from rekindle.pipeline.plan.text import format_plan
 from rekindle.train.config import StudentConfig
 from rekindle.train.hf.dataset import CacheDataset
 from rekindle.train.loop import train_student
@@ -159,7 +159,7 @@ def test_a_plan_says_how_full_rows_will_be(tmp_path, configure, source, caches):
     full = caches("bert")[1].corpus.full
     corpus = {"packing": "packed", "sequence_length": LENGTH, "limit_sequences": None}
     config = configure(tmp_path / "c", [], corpus | {"domain_field": None, "source": source})
-    told = " ".join(shown_plan(plan_run(config, probe=False)).split())
+    told = " ".join(format_plan(plan_run(config, probe=False)).split())
     assert f"rows of several documents {full:.1%} full" in told
 
 

@@ -21,7 +21,7 @@ from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.checks.inspect import inspect_cache, inspect_example
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.pipeline.plan.run import plan_run
-from rekindle.pipeline.plan.text import shown_plan
+from rekindle.pipeline.plan.text import format_plan
 from rekindle.pipeline.train_student import student_view
 from testlib.run_alone import NOISE
 from testlib.self_evolution import (
@@ -316,7 +316,7 @@ def test_a_plan_bounds_what_is_not_known_yet(tmp_path, evolve, second):
     assert [view.units_to_make for view in before.views] == [3]
     assert before.views[0].name == cache.masked_view().name
     assert before.views[0].at_most
-    assert "at most" in shown_plan(before)
+    assert "at most" in format_plan(before)
     assert work["reference"].units_to_make == work["second"].units_to_make == 3
     assert work["reference"].positions == cache.teacher("reference").positions
     assert work["second"].positions >= cache.teacher("second").positions

@@ -19,7 +19,7 @@ from rekindle.pipeline.checks.inspect import inspect_cache, inspect_example
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.run import plan_run
-from rekindle.pipeline.plan.text import shown_plan
+from rekindle.pipeline.plan.text import format_plan
 from rekindle.train.config import StudentConfig
 from rekindle.train.hf.collator import labels_of
 from rekindle.train.loop import train_student
@@ -168,7 +168,7 @@ def test_it_is_told_what_is_trained(tmp_path, config, cache, configure, teachers
     planned = plan_run(configure(tmp_path / "none", teachers, corpus), probe=False)
     assert (planned.corpus.sequences, planned.corpus.tokens) == (len(truth), every)
     assert planned.corpus.trained == trained / every
-    assert f"({said} of them trained)" in " ".join(shown_plan(planned).split())
+    assert f"({said} of them trained)" in " ".join(format_plan(planned).split())
     assert planned.teachers[0].positions == pytest.approx(trained, abs=len(truth))
 
 

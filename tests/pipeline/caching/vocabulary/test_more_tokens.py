@@ -18,7 +18,7 @@ from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.train.config import StudentConfig
-from rekindle.train.prepare import check_tokenizer
+from rekindle.train.prepare import load_checked_tokenizer
 from testlib.models import NARROW
 from testlib.run_alone import NOISE, logits_of
 from testlib.vocabularies.changed import renumbered, with_gaps, with_more
@@ -145,7 +145,7 @@ def test_a_students_attention_goes_before_its_folders(made, chat_model, tmp_path
     settings["attn_implementation"] = "flash_attention_2"
     (model / "config.json").write_text(json.dumps(settings))
     config = StudentConfig(model=str(model), task="causal_lm", attention="sdpa")
-    assert check_tokenizer(Cache.open(made.cache.path).corpus, config).size
+    assert load_checked_tokenizer(Cache.open(made.cache.path).corpus, config).size
 
 
 def test_a_student_with_more_tokens_is_no_other(made, chat_model, tmp_path, make_model, wordpiece):
@@ -155,12 +155,12 @@ def test_a_student_with_more_tokens_is_no_other(made, chat_model, tmp_path, make
         return parse_settings(StudentConfig, {"model": str(model), "task": task})
 
     assert {"<|im_end|>"} < {
-        *check_tokenizer(cache.corpus, student(chat_model)).hf.get_vocab()
+        *load_checked_tokenizer(cache.corpus, student(chat_model)).hf.get_vocab()
     }  # is kept
     other = with_gaps(wordpiece, tmp_path / "other", ["the"])
     model = make_model("gpt2", CAUSAL, other, 4, n_embd=16)
     with pytest.raises(InputError, match=r"student .* has another tokenizer.*'the' here, no token"):
-        check_tokenizer(cache.corpus, student(model))
+        load_checked_tokenizer(cache.corpus, student(model))
 
 
 def test_an_embedding_that_is_too_short_is_no_other_tokenizer(

@@ -1,12 +1,12 @@
-"""How strongly each term pulls: each alone by autograd, however a step is split, at no price."""
+"""The norm of each term's gradient: by autograd, however a step is split, at no price."""
 
 import math
 
 import pytest
 
-from rekindle.train.measures import PULL, RATIO
-from rekindle.train.objective.pulls import describe_pulls, with_norms
+from rekindle.train.measures import GRADIENT, GRADIENT_RATIO
 from rekindle.train.objective.selection import names_of
+from rekindle.train.objective.term_gradients import describe_gradients, with_norms
 from testlib.loop import run, train_config
 from testlib.objective.cases import OBJECTIVES, term
 from testlib.objective.setting import Setting, same_step
@@ -70,7 +70,9 @@ def test_the_pull_of_each_term_is_its_gradient_alone(request, world, objective):
     world = request.getfixturevalue(world)
     setting = measured(world, objective)
     _, terms, _ = setting.run()
-    found = {n.removeprefix(PULL): math.sqrt(v) for n, v in terms.items() if n.startswith(PULL)}
+    found = {
+        n.removeprefix(GRADIENT): math.sqrt(v) for n, v in terms.items() if n.startswith(GRADIENT)
+    }
     student = setting.student
     expected = {n: norm_by_autograd(world, student, *one) for n, *one in alone(setting)}
     assert len(expected) == len(set(expected.values())) > 3
@@ -83,19 +85,19 @@ def test_how_a_step_is_split_changes_no_pull(masked_world, divide):
     """Of all rows of the step, whoever has them."""
     setting = measured(masked_world, OBJECTIVES["everything"], batch=range(5, 16))
     whole = setting.run()
-    assert f"{PULL}ce" in whole[1]
+    assert f"{GRADIENT}ce" in whole[1]
     same_step(divide(setting), whole)
 
 
 def test_a_weight_is_in_the_pull_that_it_has(masked_world):
-    def pulls(weight):
+    def gradients(weight):
         objective = {"distill": [term("big", weight=weight)]}
         return measured(masked_world, objective, batch=[4, 9]).run()[1]
 
-    one, tenfold = pulls(0.3), pulls(3.0)
-    name = f"{PULL}kd/big"
+    one, tenfold = gradients(0.3), gradients(3.0)
+    name = f"{GRADIENT}kd/big"
     assert tenfold[name] == pytest.approx(100 * one[name], rel=1e-4)  # squares
-    assert tenfold[f"{PULL}ce"] == pytest.approx(one[f"{PULL}ce"], rel=1e-5)
+    assert tenfold[f"{GRADIENT}ce"] == pytest.approx(one[f"{GRADIENT}ce"], rel=1e-5)
 
 
 def test_what_is_measured_changes_nothing(masked_world, tmp_path):
@@ -110,23 +112,33 @@ def test_what_is_measured_changes_nothing(masked_world, tmp_path):
     often, never = trained(2), trained(None)
     assert same_weights(often.directory, never.directory)
     seen = metrics(often.directory)
-    pulls = [{k: v for k, v in r.items() if k.startswith((PULL, RATIO))} for r in seen]
-    others = [{k: v for k, v in r.items() if not k.startswith((PULL, RATIO))} for r in seen]
+    gradients = [
+        {k: v for k, v in r.items() if k.startswith((GRADIENT, GRADIENT_RATIO))} for r in seen
+    ]
+    others = [
+        {k: v for k, v in r.items() if not k.startswith((GRADIENT, GRADIENT_RATIO))} for r in seen
+    ]
     assert others == metrics(never.directory)
-    names = {f"{PULL}ce", f"{PULL}kd/big", f"{PULL}kd/sense"}
-    names |= {f"{RATIO}kd/big", f"{RATIO}kd/sense"}
-    for record, values in zip(seen, pulls, strict=True):
+    names = {f"{GRADIENT}ce", f"{GRADIENT}kd/big", f"{GRADIENT}kd/sense"}
+    names |= {f"{GRADIENT_RATIO}kd/big", f"{GRADIENT_RATIO}kd/sense"}
+    for record, values in zip(seen, gradients, strict=True):
         due = record["kind"] == "train" and record["step"] in (1, 3)
         assert values.keys() == (names if due else set())
         if due:
-            ratio = values[f"{PULL}kd/big"] / values[f"{PULL}ce"]
-            assert values[f"{RATIO}kd/big"] == pytest.approx(ratio, rel=1e-6)
+            ratio = values[f"{GRADIENT}kd/big"] / values[f"{GRADIENT}ce"]
+            assert values[f"{GRADIENT_RATIO}kd/big"] == pytest.approx(ratio, rel=1e-6)
 
 
-def test_what_is_said_of_pulls():
-    values = {"loss": 3.0, "kd/a": 1.0, f"{PULL}ce": 4.0, f"{PULL}kd/a": 1.0, f"{PULL}x": 0.0}
-    assert describe_pulls(with_norms(values)) == "gradients over ce's: kd/a 0.5"
-    del values[f"{PULL}ce"]
-    assert with_norms(values) == {"loss": 3.0, "kd/a": 1.0, f"{PULL}kd/a": 1.0}
-    assert describe_pulls(with_norms(values)) == "gradients: kd/a 1"
-    assert describe_pulls({"loss": 3.0, "kd/a": 1.0}) == ""
+def test_what_is_said_of_gradients():
+    values = {
+        "loss": 3.0,
+        "kd/a": 1.0,
+        f"{GRADIENT}ce": 4.0,
+        f"{GRADIENT}kd/a": 1.0,
+        f"{GRADIENT}x": 0.0,
+    }
+    assert describe_gradients(with_norms(values)) == "gradients over ce's: kd/a 0.5"
+    del values[f"{GRADIENT}ce"]
+    assert with_norms(values) == {"loss": 3.0, "kd/a": 1.0, f"{GRADIENT}kd/a": 1.0}
+    assert describe_gradients(with_norms(values)) == "gradients: kd/a 1"
+    assert describe_gradients({"loss": 3.0, "kd/a": 1.0}) == ""
