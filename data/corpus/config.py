@@ -325,7 +325,7 @@ def forms_of(config: CorpusConfig, tokenizer: Tokenizer) -> dict[str, Form]:
     if WRITTEN in config.contents:
         forms[WRITTEN] = WrittenDialogues()
     if "tokens" in config.contents:
-        forms["tokens"] = TokenRows(tokenizer.size, tokenizer.holes)
+        forms["tokens"] = TokenRows(tokenizer.size, tokenizer.gaps)
     if "chat" in config.contents:
         names = [token.content for token in special_tokens(tokenizer.encoder.backend).values()]
         as_tokens = config.special_tokens == "token"
@@ -373,8 +373,8 @@ def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
     """Return what a cache records of the tokenizer."""
     names = TokenizerFacts.__required_keys__
     facts: dict[str, object] = {name: getattr(tokenizer, name) for name in sorted(names)}
-    if tokenizer.holes:
-        facts["holes"] = [list(gap) for gap in tokenizer.holes]
+    if tokenizer.gaps:
+        facts["holes"] = [list(gap) for gap in tokenizer.gaps]
     return cast("TokenizerFacts", facts | {"special_ids": sorted(tokenizer.special_ids)})
 
 

@@ -89,15 +89,15 @@ class Corpus(RowReader):
             )
         assert tokenizer is not None  # it is in the first description
         self.info: CorpusInfo = {"config": self.additions[-1].config, "tokenizer": tokenizer}
-        self.units = self.shards.committed()
-        self.commits = ShardCommits(self.units)
+        self.commits_by_unit = self.shards.committed()
+        self.commits = ShardCommits(self.commits_by_unit)
         first_missing = len(self.commits)
-        if first_missing < max(len(self.units), self.additions[-1].shards or 0):
+        if first_missing < max(len(self.commits_by_unit), self.additions[-1].shards or 0):
             raise CacheFormatError(
                 f"{store.location}/corpus lacks shard {first_missing}; run `pipeline "
                 "cache-teachers` to make it again"
             )
-        self._firsts = np.concatenate([[0], np.cumsum(self.units.rows)])
+        self._firsts = np.concatenate([[0], np.cumsum(self.commits_by_unit.rows)])
         self._open: dict[int, Shard] = {}
 
     def __len__(self) -> int:
@@ -111,13 +111,13 @@ class Corpus(RowReader):
     @property
     def tokens(self) -> int:
         """Return how many tokens all sequences have, special tokens included."""
-        return int(self.units.count_facts("tokens").sum())
+        return int(self.commits_by_unit.count_facts("tokens").sum())
 
     @property
     def trained_tokens(self) -> int:
         """Return how many tokens are trained."""
         trained_fact = TRAINED_FACTS[0] if self.has_trained else "tokens"
-        return int(self.units.count_facts(trained_fact).sum())
+        return int(self.commits_by_unit.count_facts(trained_fact).sum())
 
     @property
     def documents(self) -> int:
@@ -131,7 +131,7 @@ class Corpus(RowReader):
     def domains(self) -> dict[str, int]:
         """Return the number of sequences per domain."""
         sequences: Counter[str] = Counter()
-        for shard, counts in enumerate(self.units.counts_by_name("domains")):
+        for shard, counts in enumerate(self.commits_by_unit.counts_by_name("domains")):
             if counts is None or {type(n) for n in counts.values()} - {int}:
                 raise CacheFormatError(
                     f"the commit record of {self.commits[shard].path} does not count its domains. "
@@ -157,13 +157,13 @@ class Corpus(RowReader):
 
     def fingerprint_of(self, shards: int) -> str:
         """Return the identity of the first shards only: of the corpus before it grew."""
-        return self.units.fingerprint(shards)
+        return self.commits_by_unit.fingerprint(shards)
 
     @property
     def fingerprints_before(self) -> Iterator[str]:
         """Yield the identity of every earlier state of the corpus: of its first shards."""
         state = hashlib.sha256()
-        for digest in self.units.sha256s[:-1]:
+        for digest in self.commits_by_unit.sha256s[:-1]:
             state.update(digest.encode())
             yield state.copy().hexdigest()
 

@@ -378,7 +378,7 @@ class Commits(Mapping[str, Commit]):
 
 
 class ShardCommits(Sequence[Commit]):
-    """The records of a corpus's shards, by number."""
+    """The records of a corpus's shards, by shard number."""
 
     def __init__(self, commits: Commits):
         self.by_unit = commits

@@ -1,7 +1,8 @@
 """Sets of Arrow shards with commit records: how everything in a cache is written and trusted.
 
-A set is a folder with ``data/<unit>-<attempt>.arrow`` (Arrow IPC *file* format, never overwritten,
-not trusted by itself) and ``commits/<unit>.json``. The record is created exclusively after the data
+A unit is one shard, or one masking of it. A set is a folder with ``data/<unit>-<attempt>.arrow``
+(Arrow IPC *file* format, never overwritten, not trusted by itself) and ``commits/<unit>.json``. The
+record is created exclusively after the data
 is durable; its existence is the only proof that a unit is done. It contains the file's name, size,
 sha256 and an xxh3 checksum per region (the schema, each record batch, the footer), and a checksum
 of itself.

@@ -72,7 +72,7 @@ class StoredView(View):
             "tokenizer": corpus.info["tokenizer"]["digest"],
             **identity_facts,
         }
-        # before holes were known, random tokens could be holes
+        # before gaps were known, random ids could lie in them
         if "holes" in corpus.info["tokenizer"]:
             self.identity["holes"] = corpus.info["tokenizer"]["holes"]
         parts = json.dumps(self.identity, sort_keys=True).encode()

@@ -113,7 +113,7 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
             few_note = " (few: the figures are rough)" if text_count < FEW_TEXTS else ""
             basis = f"scaled from {counted(text_count, 'text')} of the source{few_note}"
         if left_out_note := sample.left_out.describe(
-            last_document(reference.units, corpus.limit_sequences)
+            last_document(reference.commits_by_unit, corpus.limit_sequences)
         ):
             basis += f"; {'within these documents, ' * estimated}{left_out_note}"
     if cached is not None and not cached.commits:

@@ -126,7 +126,7 @@ def write_data(corpus: Corpus, info: TeacherInfo, shard: int) -> None:
     batches = [pa.record_batch(b.columns, schema=schema) for b in first.batches()]
     facts = {"tokens": ROWS * LENGTH, "next": [shard, 0], "domains": {}}
     corpus.shards.write(unit_of(shard), schema, batches, facts)
-    corpus.units.add(corpus.shards.read_record(unit_of(shard)))
+    corpus.commits_by_unit.add(corpus.shards.read_record(unit_of(shard)))
     about = {"tokens": ROWS * LENGTH, "shard": shard, "replica": None}
     columns = draw_columns(ROWS * TARGETS, 0, "default", TARGETS)
     rows = np.repeat(np.arange(ROWS), TARGETS)

@@ -46,7 +46,7 @@ def model(tmp_path_factory, make_model, gapped):
     tokenizer = load_tokenizer(str(gapped))
     made = make_model("bert", MASKED, gapped, 3, **NARROW, vocab_size=tokenizer.size + 6)
     found = transformers.AutoModelForMaskedLM.from_pretrained(str(made))
-    holes = [i for first, past in tokenizer.holes for i in range(first, past)]
+    holes = [i for first, past in tokenizer.gaps for i in range(first, past)]
     with torch.no_grad():
         found.cls.predictions.bias[[*holes, *range(tokenizer.size, tokenizer.size + 6)]] = 30.0
     folder = tmp_path_factory.mktemp("gaps") / "model"
@@ -71,9 +71,9 @@ def made(tmp_path_factory, make_cache, gapped, model):
 
 def test_the_size_is_one_past_the_largest_id(gapped, wordpiece):
     plain, found = load_tokenizer(str(wordpiece)), load_tokenizer(str(gapped))
-    assert plain.holes == ()
+    assert plain.gaps == ()
     assert found.size == max(found.hf.get_vocab().values()) + 1 > len(found.hf) == plain.size
-    holes = {i for first, past in found.holes for i in range(first, past)}
+    holes = {i for first, past in found.gaps for i in range(first, past)}
     assert holes == {*range(found.size)} - {*found.hf.get_vocab().values()}
 
 
