@@ -27,8 +27,8 @@ from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.writing import claim_teacher, write_targets
 from rekindle.pipeline.caching.compute_unit import Steps, Unit, UnitResult, begin_unit, run_unit
+from rekindle.pipeline.caching.model_parallel import receive_message, send_message
 from rekindle.pipeline.caching.served_units import ServedTeacher
-from rekindle.pipeline.caching.shared_out import receive_message, send_message
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 
 

@@ -1,4 +1,4 @@
-"""Describes a teacher that a server runs from the server's answers, without any files."""
+"""Describe a served teacher (one behind an API) by asking its server; there are no model files."""
 
 import logging
 from collections.abc import Iterator
@@ -34,15 +34,15 @@ log = logging.getLogger("rekindle")
 
 
 @dataclass(frozen=True)
-class Source:
+class NamedServer:
     """A server, and its name in messages."""
 
     server: Server
     subject: str
 
     @classmethod
-    def of(cls, config: TeacherConfig) -> "Source":
-        """Return the source of a teacher. Raises InputError if its API key is missing."""
+    def of(cls, config: TeacherConfig) -> "NamedServer":
+        """Return the server of a teacher. Raises InputError if its API key is missing."""
         assert config.served is not None
         subject = f"teacher {config.name!r} ({config.served.model} at {config.served.url})"
         with naming(subject):
@@ -69,23 +69,25 @@ def describe_served(config: TeacherConfig, corpus: Corpus, view: str) -> Teacher
     does not describe it, InputError if it cannot teach on this corpus, CacheMismatchError if the
     cache has targets of another model.
     """
-    source = Source.of(config)
-    base = _read_described(config, corpus)
+    named_server = NamedServer.of(config)
+    cached_info = _read_described(config, corpus)
     facts = corpus.info["tokenizer"]
     tokens = facts["size"] - len(hole_ids(facts))
     targets = config.targets
     settings = TopK.settings(targets.k, (1.0,), targets.codec, facts["size"], None, tokens)
     settings["estimator"] = {**settings["estimator"], "tail": "derived"}  # type: ignore[dict-item]
-    with source.naming():
+    with named_server.naming():
         _check_codec(targets.codec, facts["size"])
         try:
-            served = _identify(source.server, corpus, config, base, int(str(settings["k"])))
-            versions = source.server.versions
+            served = _identify(
+                named_server.server, corpus, config, cached_info, int(str(settings["k"]))
+            )
+            versions = named_server.server.versions
         except ServerAwayError as error:
-            if base is None or base.served is None:
+            if cached_info is None or cached_info.served is None:
                 raise
-            log.warning("%s: %s It is assumed to be unchanged", source.subject, error)
-            served, versions = base.served, base.versions
+            log.warning("%s: %s It is assumed to be unchanged", named_server.subject, error)
+            served, versions = cached_info.served, cached_info.versions
         fields: dict[str, object] = {
             "name": config.name,
             "task": config.task,
@@ -109,24 +111,24 @@ def _read_described(config: TeacherConfig, corpus: Corpus) -> TeacherInfo | None
     assert config.served is not None
     if not is_described(corpus.store, config.name):
         return None
-    base = read_teacher(corpus.store, config.name)
-    if base.served is not None and base.served.model != config.served.model:
+    cached_info = read_teacher(corpus.store, config.name)
+    if cached_info.served is not None and cached_info.served.model != config.served.model:
         raise CacheMismatchError(
             f"the cache {corpus.store.location} already holds a teacher {config.name!r} that was "
-            f"served as {base.served.model!r}, not as {config.served.model!r}. Give this one "
-            "another name, or remove that one (`pipeline teachers`) to make it again"
+            f"served as {cached_info.served.model!r}, not as {config.served.model!r}. Give this "
+            "one another name, or remove that one (`pipeline teachers`) to make it again"
         )
-    return base
+    return cached_info
 
 
 def _identify(
-    server: Server, corpus: Corpus, config: TeacherConfig, base: TeacherInfo | None, k: int
+    server: Server, corpus: Corpus, config: TeacherConfig, cached_info: TeacherInfo | None, k: int
 ) -> Served:
     """Return the identity of the server's model: the cache's, if it is still the same."""
     assert config.served is not None
     _check_length(server, corpus)
     _check_tokenizer(config.served, corpus)
-    cached = None if base is None else base.served
+    cached = None if cached_info is None else cached_info.served
     prompts = probe_prompts(corpus) if cached is None else [[*p.input_ids] for p in cached.probes]
     answers, answered_entries = ask_probes(server, prompts, k)
     if config.served.tokenizer is None:

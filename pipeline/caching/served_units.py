@@ -16,7 +16,7 @@ from rekindle.data.targets.reading.reader import target_positions
 from rekindle.data.targets.served import digest_of
 from rekindle.pipeline.caching.batching import joined_columns
 from rekindle.pipeline.caching.compute_unit import Unit, UnitResult
-from rekindle.pipeline.caching.served_plan import Source, check_same_answers
+from rekindle.pipeline.caching.served_plan import NamedServer, check_same_answers
 from rekindle.pipeline.caching.teachers import TeacherPlan
 from rekindle.pipeline.served.answers import AnswerReader
 from rekindle.pipeline.served.in_threads import ask_in_order
@@ -30,7 +30,7 @@ class ServedTeacher:
 
     def __init__(self, plan: TeacherPlan, corpus: Corpus):
         self.info, self.config, self.corpus = plan.info, plan.config, corpus
-        self.source = Source.of(plan.config)
+        self.named_server = NamedServer.of(plan.config)
         self.answer_reader = AnswerReader(corpus, plan.info)
         self.check_same()
 
@@ -42,8 +42,8 @@ class ServedTeacher:
         assert served is not None
         assert k is not None
         prompts = [[*probe.input_ids] for probe in served.probes]
-        with self.source.naming():
-            answers, _ = ask_probes(self.source.server, prompts, k)
+        with self.named_server.naming():
+            answers, _ = ask_probes(self.named_server.server, prompts, k)
         check_same_answers(served, answers, self.config)
         return digest_of(probes_of(prompts, answers, k))
 
@@ -90,16 +90,16 @@ class ServedTeacher:
         def ask_part(rows: Sequence[int]) -> list[Columns]:
             label = f"sequence {first + rows[0]}"
             label += f" to {first + rows[-1]}" if rows[1:] else ""
-            with self.source.naming(f"{label}: "):
-                answers = self.source.server.prompt_logprobs(
+            with self.named_server.naming(f"{label}: "):
+                answers = self.named_server.server.prompt_logprobs(
                     [tokens[row].tolist() for row in rows], self.info.k or 0
                 )
             columns = []
             for row, entries in zip(rows, answers, strict=True):
-                with self.source.naming(f"sequence {first + row}: "):
+                with self.named_server.naming(f"sequence {first + row}: "):
                     columns.append(self.answer_reader.columns(entries, tokens[row], positions[row]))
             return columns
 
         served = self.config.served
         threads = served.max_concurrency if served else 1
-        return ask_in_order(ask_part, parts, threads, self.source.server.client.stop)
+        return ask_in_order(ask_part, parts, threads, self.named_server.server.client.stop)

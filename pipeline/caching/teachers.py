@@ -1,7 +1,8 @@
 """Teachers: the configuration of one, its record in the cache, and the loaded model.
 
-A teacher's identity (``TeacherInfo``) is made from its files alone, without loading weights, so
-that a finished cache is recognised in seconds.
+A teacher's identity (``TeacherInfo``) is made without loading weights, so that a finished cache is
+recognised in seconds: from its files or a server's answers, and the precision, which the file, the
+cache or the device decides.
 """
 
 import logging
@@ -30,10 +31,10 @@ from rekindle.data.views.pairs import RECORD
 from rekindle.data.views.reader import shown_view
 from rekindle.pipeline.caching.in_flight import transfer_to
 from rekindle.pipeline.caching.mapped import VocabularyMap, check_positions
+from rekindle.pipeline.caching.model_parallel import check_spread, from_pretrained_kwargs
 from rekindle.pipeline.caching.served_plan import describe_served
-from rekindle.pipeline.caching.shared_out import check_spread, loading
 from rekindle.pipeline.caching.views import Views
-from rekindle.pipeline.caching.vocabulary import TokenColumns, count_shared, tokenizer_of
+from rekindle.pipeline.caching.vocabulary import TokenColumns, count_shared_tokens, tokenizer_of
 from rekindle.pipeline.describing.encoders import find_teacher
 from rekindle.pipeline.describing.heads import head_info
 from rekindle.pipeline.teacher_config import TeacherConfig
@@ -98,13 +99,13 @@ def plan_teacher(
     Raises InputError if it cannot teach on this corpus.
     """
     if corpus.is_packed:
-        _check_reads_rows(config)
+        _check_reads_packed_rows(config)
     if config.served is not None:
         return TeacherPlan(config, Path(), describe_served(config, corpus, views.shown_to(config)))
     subject = f"teacher {config.name!r} ({config.model})"
     with naming(f"teacher {config.name!r}"):
         directory, encoder = find_teacher(config, directory)
-    settings: Any = check_teacher_files(directory, config.task, subject)
+    model_config: Any = check_teacher_files(directory, config.task, subject)
     weights = weights_fingerprint(directory)
     precision: str = config.precision
     # If unset, the precision is that of the teacher's targets in the cache, else what suits the
@@ -112,7 +113,7 @@ def plan_teacher(
     if precision == "auto" and is_described(corpus.store, config.name):
         precision = read_teacher(corpus.store, config.name).precision
     size = corpus.info["tokenizer"]["size"]
-    tokenizer = tokenizer_of(directory, settings, corpus, config.name)
+    tokenizer = tokenizer_of(directory, model_config, corpus, config.name)
     fingerprints = {
         "weights": weights,
         "config": config_fingerprint(directory),
@@ -129,23 +130,23 @@ def plan_teacher(
     }
     assert views.masked is not None or not config.sees_masks
     if encoder is not None:
-        info |= configured_fields(config, views, size, encoder.width(settings.hidden_size))
+        info |= configured_fields(config, views, size, encoder.width(model_config.hidden_size))
         info |= {"pooling": encoder.pooling_name, "normalised": encoder.normalised}
         info |= {"prompt": encoder.prompt or None}
         info["fingerprints"] = {**fingerprints, "modules": encoder.fingerprint}
     elif config.vocabulary:
-        _check_language_model(config, settings, corpus)
+        _check_language_model(config, model_config, corpus)
         width = None
         if "hidden_size" in VOCABULARY_KINDS[config.targets.vocabulary_kind].needs:
             with naming(subject), splittable():
-                width = output_width(shape_only(settings, AUTO_CLASSES[config.task]))
+                width = output_width(shape_only(model_config, AUTO_CLASSES[config.task]))
         if config.mapping == "map":
-            rows = int(settings.get_text_config().vocab_size)
-            mapping = VocabularyMap.of(corpus, tokenizer, rows)
+            embedding_rows = int(model_config.get_text_config().vocab_size)
+            mapping = VocabularyMap.of(corpus, tokenizer, embedding_rows)
             check_positions(mapping, corpus, config.name, config.map_coverage)
             tokens = info["mapped"] = mapping.count
         else:
-            tokens = _count_shared(corpus, tokenizer, settings, config, views)
+            tokens = _count_shared(corpus, tokenizer, model_config, config, views)
         info |= configured_fields(config, views, size, width, tokens)
         if CODECS[config.targets.codec].is_compressed:
             share = 1.0 if views.masked is None or config.view == "clean" else views.masked.share
@@ -157,15 +158,17 @@ def plan_teacher(
                 "is a pair; give an expert on pairs, or cache this one over a corpus of single "
                 "texts"
             )
-        info |= configured_fields(config, views, size, int(settings.num_labels))
-        info |= head_info(config, settings)
+        info |= configured_fields(config, views, size, int(model_config.num_labels))
+        info |= head_info(config, model_config)
     if config.monte_carlo.passes or KINDS[str(info["kind"])].is_sample:
         info["seed"] = seed
     return TeacherPlan(config, directory, TeacherInfo.model_validate(info), encoder)
 
 
-def _check_reads_rows(config: TeacherConfig) -> None:
-    """Raise InputError for a teacher that does not read the rows of a packed corpus themselves."""
+def _check_reads_packed_rows(config: TeacherConfig) -> None:
+    """Raise InputError for a teacher that cannot be run directly on packed rows: task
+    experts, servers, other tokenizers.
+    """
     prefix = f"teacher {config.name!r}: with corpus.packing: packed a sequence holds several "
     advice = ". Use packing: document for it"
     if not config.vocabulary:
@@ -194,30 +197,30 @@ def slow_pass_warning(plan: TeacherPlan, corpus: Corpus) -> str | None:
 
 
 def tokenizer_and_limit(
-    plan: TeacherPlan, corpus: Corpus, settings: Any = None
+    plan: TeacherPlan, corpus: Corpus, model_config: Any = None
 ) -> tuple[Tokenizer, int]:
     """Return the teacher's tokenizer, and how many tokens its model takes (UNLIMITED if neither
-    says); ``settings`` are the model's configuration, if loaded.
+    says); ``model_config`` is that of the model, if loaded.
     """
-    settings = settings or load_config(plan.directory, AUTO_CLASSES[plan.info.task])
-    tokenizer = tokenizer_of(plan.directory, settings, corpus, plan.config.name)
+    model_config = model_config or load_config(plan.directory, AUTO_CLASSES[plan.info.task])
+    tokenizer = tokenizer_of(plan.directory, model_config, corpus, plan.config.name)
     if plan.encoder is not None:
         tokenizer = own_tokenizer(plan.encoder, tokenizer)
-        return tokenizer, longest_text(plan.encoder, tokenizer, settings)
-    lengths = (int(tokenizer.hf.model_max_length), longest_input(settings))
+        return tokenizer, longest_text(plan.encoder, tokenizer, model_config)
+    lengths = (int(tokenizer.hf.model_max_length), longest_input(model_config))
     return tokenizer, min(length for length in (*lengths, UNLIMITED) if length is not None)
 
 
 def _count_shared(
-    corpus: Corpus, tokenizer: Tokenizer, settings: Any, config: TeacherConfig, views: Views
+    corpus: Corpus, tokenizer: Tokenizer, model_config: Any, config: TeacherConfig, views: Views
 ) -> int:
     """Return how many tokens a vocabulary teacher has in common with the corpus; raises InputError
-    as ``count_shared`` does.
+    as ``count_shared_tokens`` does.
     """
     masked = views.masked if config.sees_masks else None
     extra_ids = np.zeros(0, np.int64) if masked is None else masked.shown_ids
-    rows = int(settings.get_text_config().vocab_size)
-    return count_shared(corpus, tokenizer, config.name, extra_ids, rows)
+    embedding_rows = int(model_config.get_text_config().vocab_size)
+    return count_shared_tokens(corpus, tokenizer, config.name, extra_ids, embedding_rows)
 
 
 def configured_fields(
@@ -250,9 +253,9 @@ def configured_fields(
     return info
 
 
-def _check_language_model(config: TeacherConfig, settings: Any, corpus: Corpus) -> None:
+def _check_language_model(config: TeacherConfig, model_config: Any, corpus: Corpus) -> None:
     size = corpus.info["tokenizer"]["size"]
-    length, limit = corpus.info["config"]["sequence_length"], longest_input(settings)
+    length, limit = corpus.info["config"]["sequence_length"], longest_input(model_config)
     if limit is not None and length > limit:
         raise InputError(
             f"teacher {config.name!r} takes at most {limit} tokens; corpus.sequence_length is "
@@ -282,17 +285,17 @@ class Teacher:
         self.stores_tails = _stores_tails(plan.info)
         subject, device = f"teacher {plan.info.name!r}", self.placement.device
         auto_class = auto_class_of(load_config(plan.directory), plan.info.task)
-        load_options = loading(plan.config, plan.directory, auto_class)
-        model = load_model(plan.directory, auto_class, self.placement.dtype, load_options)
+        load_kwargs = from_pretrained_kwargs(plan.config, plan.directory, auto_class)
+        model = load_model(plan.directory, auto_class, self.placement.dtype, load_kwargs)
         check_spread(model, subject)
-        self.model: nn.Module = (model if load_options else model.to(device)).eval()
-        settings: Any = model.config
+        self.model: nn.Module = (model if load_kwargs else model.to(device)).eval()
+        model_config: Any = model.config
         self.plan = plan
-        self.tokenizer, self.max_length = tokenizer_and_limit(plan, corpus, settings)
+        self.tokenizer, self.max_length = tokenizer_and_limit(plan, corpus, model_config)
         self.map: VocabularyMap | None = None
         if plan.info.mapped is not None:
-            rows = int(settings.get_text_config().vocab_size)
-            self.map = VocabularyMap.of(corpus, self.tokenizer, rows)
+            embedding_rows = int(model_config.get_text_config().vocab_size)
+            self.map = VocabularyMap.of(corpus, self.tokenizer, embedding_rows)
         self.encoder: SentenceEncoder | None = None
         self.skipped = 0  # tokens of the prompt that its pooling leaves out
         if plan.encoder is not None:
@@ -302,8 +305,8 @@ class Teacher:
                 log.info("%s: %s", subject, prompt_note)
         # As in fine-tuning: segments are for models with two, whose tokenizer tells them apart.
         has_segments = "token_type_ids" in self.tokenizer.hf.model_input_names
-        self.token_types = has_segments and knows_segments(settings)
-        pad_id = padding_of(settings)
+        self.token_types = has_segments and knows_segments(model_config)
+        pad_id = padding_of(model_config)
         self.pad_id: int | None = pad_id if isinstance(pad_id, int) and pad_id >= 0 else None
         batch_tokens = plan.config.batch_tokens
         device_kind = "cpu" if self.placement.device == "cpu" else "cuda"
@@ -315,7 +318,8 @@ class Teacher:
         if plan.config.vocabulary:
             with suppress(torch.OutOfMemoryError, MemoryError):  # reported with the first batch
                 self._language_model = self._split()
-        # Then only sequences of one length are batched: a target must not depend on neighbours.
+        # If padding changes outputs, only sequences of one length are batched: a target must not
+        # depend on the others in its batch.
         self.equal_lengths = padding_influence(model) > 0
         if self.equal_lengths:
             log.info(
@@ -343,8 +347,8 @@ class Teacher:
         return self._language_model
 
     def _split(self) -> SplitLanguageModel:
-        """Return body and head. Raises InputError for a model that cannot be split, or sees what it
-        must not.
+        """Return body and head. Raises InputError for a model that cannot be split, or whose
+        attention crosses document borders in packed rows.
         """
         with naming(f"teacher {self.info.name!r}"), splittable():
             split = SplitLanguageModel(self.model, causal=self.info.task == "causal_lm")
@@ -355,10 +359,10 @@ class Teacher:
     @cached_property
     def token_columns(self) -> TokenColumns:
         """Which of a vocabulary teacher's logits belong to which ids."""
-        rows = len(self.language_model.head.weight)
+        output_rows = len(self.language_model.head.weight)
         if self.map is not None:
             return TokenColumns.mapped(self.map, self.stores_tails)
-        return TokenColumns.of(self.corpus, self.tokenizer, rows, self.stores_tails)
+        return TokenColumns.of(self.corpus, self.tokenizer, output_rows, self.stores_tails)
 
     def output_matrix(self) -> StoredHead:
         """Return the matrix that hidden states are multiplied with."""

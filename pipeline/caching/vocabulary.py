@@ -78,11 +78,15 @@ def _loaded(directory: Path) -> Tokenizer:
     return cached[1]
 
 
-def count_shared(
-    corpus: Corpus, tokenizer: Tokenizer, name: str, extra_ids: NDArray[np.int64], rows: int
+def count_shared_tokens(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    name: str,
+    extra_ids: NDArray[np.int64],
+    embedding_rows: int,
 ) -> int:
-    """Return how many tokens of the corpus's vocabulary the teacher ``name``, with ``rows`` rows in
-    its embedding, has under the same id.
+    """Return how many tokens of the corpus's vocabulary the teacher ``name``, with
+    ``embedding_rows`` rows in its embedding, has under the same id.
 
     Raises InputError if a token that occurs in the corpus, or among the ``extra_ids`` that the
     teacher is shown, is another token to the teacher, or none.
@@ -91,7 +95,9 @@ def count_shared(
         "Use a teacher of corpus.tokenizer, or corpus.tokenizer of this teacher; experts on "
         "sequences and words may have their own"
     )
-    unshared = unshared_ids(corpus, tokenizer, extra_ids, f"teacher {name!r}", advice, rows)
+    unshared = unshared_ids(
+        corpus, tokenizer, extra_ids, f"teacher {name!r}", advice, embedding_rows
+    )
     if len(unshared):
         log.info(
             "teacher %s has other tokens, or none, under %s ids of the corpus's vocabulary; no "

@@ -90,7 +90,7 @@ def cache_teachers(
             config.teachers_named(teacher)
         from rekindle.pipeline.caching.cache_teachers import cache_teachers as stage_one
         from rekindle.pipeline.caching.make_unit import follow
-        from rekindle.pipeline.caching.shared_out import check_processes, in_step
+        from rekindle.pipeline.caching.model_parallel import check_processes, in_step
         from rekindle.pipeline.stages.run import cache_stages
 
         chosen = [entry for entry in config.teachers if not teacher or entry.name in teacher]

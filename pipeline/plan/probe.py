@@ -85,7 +85,7 @@ def _probe_server(plan: TeacherPlan, probe_corpus: Corpus) -> Probe:
     shard, row = places[int(np.argmax(lengths))]
     _, tokens, _ = teacher.sequences(Unit(shard))
     start_time = time.perf_counter()
-    teacher.source.server.prompt_logprobs([tokens[row].tolist()], plan.info.k or 0)
+    teacher.named_server.server.prompt_logprobs([tokens[row].tolist()], plan.info.k or 0)
     return Probe((time.perf_counter() - start_time) / max(lengths), None)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
-from rekindle.pipeline.caching.shared_out import check_spread
+from rekindle.pipeline.caching.model_parallel import check_spread
 from testlib.caches import committed
 
 

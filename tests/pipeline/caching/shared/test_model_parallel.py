@@ -10,8 +10,13 @@ from typing import ClassVar
 import pytest
 
 from rekindle.data.errors import InputError, RekindleError
-from rekindle.pipeline.caching import make_unit, shared_out
-from rekindle.pipeline.caching.shared_out import check_processes, in_step, loading, send_message
+from rekindle.pipeline.caching import make_unit, model_parallel
+from rekindle.pipeline.caching.model_parallel import (
+    check_processes,
+    from_pretrained_kwargs,
+    in_step,
+    send_message,
+)
 from rekindle.pipeline.exits import errors_as_exit_codes
 from rekindle.train.model.fitting import AUTO_CLASSES
 from testlib.several.forked import forked_world
@@ -88,17 +93,17 @@ def test_one_process_alone_is_told_how_to_start_several(configure, tmp_path, mak
 
 
 def test_a_family_without_a_plan_is_refused(configure, tmp_path, make_teacher, monkeypatch):
-    monkeypatch.setattr(shared_out, "find_spec", lambda name: name)
+    monkeypatch.setattr(model_parallel, "find_spec", lambda name: name)
     config = configure(tmp_path, [make_teacher("bert", "masked_lm", tp_plan="auto")]).teachers[0]
     with pytest.raises(
         InputError, match=r"no tensor-parallel plan for BertForMaskedLM. .* device_ma"
     ):
-        loading(config, Path(config.model), AUTO_CLASSES["masked_lm"])
+        from_pretrained_kwargs(config, Path(config.model), AUTO_CLASSES["masked_lm"])
 
 
 @pytest.mark.parametrize("key", ["device_map", "tp_plan"])
 def test_without_accelerate_it_is_asked_for(configure, tmp_path, make_teacher, monkeypatch, key):
-    monkeypatch.setattr(shared_out, "find_spec", lambda name: None)
+    monkeypatch.setattr(model_parallel, "find_spec", lambda name: None)
     config = configure(tmp_path, [make_teacher("lm", "causal_lm", **{key: "auto"})]).teachers[0]
     with pytest.raises(InputError, match=rf"{key} auto needs the package accelerate"):
-        loading(config, Path(config.model), AUTO_CLASSES["causal_lm"])
+        from_pretrained_kwargs(config, Path(config.model), AUTO_CLASSES["causal_lm"])

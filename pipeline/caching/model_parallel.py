@@ -121,8 +121,10 @@ def _broadcast(box: list[Any]) -> None:
         dist.broadcast_object_list(box, src=0, group=_control[0], device=torch.device("cpu"))
 
 
-def loading(config: TeacherConfig, directory: Path, auto_class: str) -> dict[str, Any]:
-    """Return the arguments with which transformers loads a teacher.
+def from_pretrained_kwargs(
+    config: TeacherConfig, directory: Path, auto_class: str
+) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` that spread or split a teacher, if it is to be.
 
     Raises InputError for an adapter, for a family that transformers cannot split, and without
     accelerate.
