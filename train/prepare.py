@@ -177,7 +177,11 @@ def prepare_objective(
     infos = {name: teacher.info for name, teacher in teachers.items()}
     _check_k(cache, train_config, infos)
     objective = Objective(
-        *(train_config.objective, infos, task, train_config.steps, methods),
+        train_config.objective,
+        infos,
+        task,
+        train_config.steps,
+        methods,
         head_steps=train_config.warm_head_steps,
         measure_every=train_config.log_gradients_every,
     )
@@ -350,9 +354,14 @@ def _build_ungrown(
     info = cache.corpus.info
     size, length = info["tokenizer"]["size"], info["config"]["sequence_length"]
     domains = tuple(cache.corpus.domains) if student_config.domain_prompts else ()
-    corpus_settings = (length, domains, cache.corpus.tokenizer)
     student = build_student(
-        student_config, objective.heads, size, train_config.seed, *corpus_settings
+        student_config,
+        objective.heads,
+        size,
+        train_config.seed,
+        length,
+        domains,
+        cache.corpus.tokenizer,
     )
     if cache.corpus.is_packed:
         try_when_filled(lambda: student.check_packed(length))

@@ -20,7 +20,7 @@ from rekindle.train.embedding.folder import (
     is_encoder_folder,
     read_encoder_folder,
 )
-from rekindle.train.model.folder import ADAPTER_FILE, SETTINGS_FILE
+from rekindle.train.model.folder import ADAPTER_FILE, CONFIG_FILE
 from rekindle.train.model.unfinished import describe_unfinished
 
 _COLLECTIONS = {
@@ -127,9 +127,7 @@ def model_folder(place: str) -> Path:
         folder = Path(place)
         if reason := describe_unfinished(folder):
             raise InputError(f"{reason}. Nothing was sent")
-        if not any(
-            (folder / name).is_file() for name in (SETTINGS_FILE, ADAPTER_FILE, MODULES_FILE)
-        ):
+        if not any((folder / name).is_file() for name in (CONFIG_FILE, ADAPTER_FILE, MODULES_FILE)):
             raise InputError(f"{place}: {_describe_folder(folder)}. Nothing was sent")
         place = str(folder.absolute())
     folder = resolve_model(place, check_encoder_folder)
@@ -144,12 +142,12 @@ def _describe_folder(folder: Path) -> str:
     for name, contents in _COLLECTIONS.items():
         if (folder / name).is_file():
             return f"it holds {contents}; give the folder of one of them"
-    models = sorted(path.parent.name for path in folder.glob(f"*/{SETTINGS_FILE}"))
+    models = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
     caches = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
     if inside := [*models, *caches][:5]:
         return f"it is no cache and no model; it holds some ({', '.join(inside)}): give one of them"
     return (
-        f"it is no cache (it has no {MANIFEST}) and no model (no {SETTINGS_FILE}); give a cache, "
+        f"it is no cache (it has no {MANIFEST}) and no model (no {CONFIG_FILE}); give a cache, "
         "or the folder that train-student, finetune, export or merge-adapter wrote"
     )
 

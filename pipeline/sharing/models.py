@@ -29,13 +29,13 @@ from rekindle.train.export.card import CARD_FILE, file_name
 from rekindle.train.model.folder import (
     ABOUT_FILE,
     ADAPTER_FILE,
-    SETTINGS_FILE,
+    CONFIG_FILE,
     own_files,
     read_object,
 )
 
 # Settings that save_pretrained writes; only their keys that hold paths are made portable.
-_SETTINGS = (SETTINGS_FILE, "generation_config.json", "tokenizer_config.json", ADAPTER_FILE)
+_SETTINGS = (CONFIG_FILE, "generation_config.json", "tokenizer_config.json", ADAPTER_FILE)
 _UNCHANGED = (
     *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
     *("merges.txt", "chat_template.jinja", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE"),
@@ -57,7 +57,7 @@ def model_files(
     """
     files: dict[str, Path | bytes] = {}
     messages: list[str] = []
-    if (folder / SETTINGS_FILE).is_file() or _is_adapter(folder):
+    if (folder / CONFIG_FILE).is_file() or _is_adapter(folder):
         files |= {path.name: path for path in own_files(folder)}
     for name, path in _module_files(folder):
         files[name] = path if _is_sent_unchanged(path) else _portable_json(path, is_record=False)
@@ -177,7 +177,7 @@ def _card(folder: Path, place: str, repo: str) -> str:
 
 def _base_models(folder: Path) -> Iterator[str]:
     """Yield the models that this one's settings name, and the resolved paths of local ones."""
-    for name, key in ((ADAPTER_FILE, "base_model_name_or_path"), (SETTINGS_FILE, "_name_or_path")):
+    for name, key in ((ADAPTER_FILE, "base_model_name_or_path"), (CONFIG_FILE, "_name_or_path")):
         base = read_object(folder / name).get(key) if (folder / name).is_file() else None
         if isinstance(base, str):
             yield base

@@ -13,7 +13,7 @@ from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.pipeline.sharing.contents import Contents, PushRequest, contents_of
 from rekindle.pipeline.sharing.hub import Hub, RemoteState, changed_files, split_into_commits
 from rekindle.train.embedding.folder import ABOUT_ENCODER, MODULES_FILE, TRANSFORMER_FILES
-from rekindle.train.model.folder import ABOUT_FILE, ADAPTER_FILE, ADAPTER_WEIGHTS, SETTINGS_FILE
+from rekindle.train.model.folder import ABOUT_FILE, ADAPTER_FILE, ADAPTER_WEIGHTS, CONFIG_FILE
 
 # The folders of a cache: push removes nothing outside them.
 _CACHE_FOLDERS = ("corpus/", "views/", "targets/")
@@ -23,7 +23,7 @@ _DATA = (".arrow", ".safetensors", ".bin", ".gguf", ".model")
 _WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", ADAPTER_WEIGHTS)
 _MODEL_PATTERNS = (
     *(*_WEIGHTS, "heads.safetensors", "prompts.safetensors"),
-    *(SETTINGS_FILE, ADAPTER_FILE, "generation_config.json"),
+    *(CONFIG_FILE, ADAPTER_FILE, "generation_config.json"),
     *(ABOUT_FILE, "metrics.json", "metrics.jsonl", "summary.json", "export.json", "run.yaml"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),

@@ -252,12 +252,12 @@ def check_models(stages: Sequence[Stage], students: bool = True) -> None:
 def _check_words(stage: Stage, prompts: PromptsConfig, directory: Path | None) -> None:
     """Check the words, as far as the expert's configuration names its labels."""
     from rekindle.pipeline.stages.prompts import words_of
-    from rekindle.train.model.folder import read_settings
+    from rekindle.train.model.folder import read_config
 
     if directory is None:
         return
-    settings = read_settings(directory)
-    if names := settings.get("id2label"):
+    model_config = read_config(directory)
+    if names := model_config.get("id2label"):
         words_of(list(names.values()), prompts.words, load_tokenizer(stage.config.corpus.tokenizer))
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rekindle.data.errors import InputError, RekindleError, first_words
-from rekindle.train.model.folder import SETTINGS_FILE, StoredTensor
+from rekindle.train.model.folder import CONFIG_FILE, StoredTensor
 from rekindle.train.outside.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def check_quantisation(
         if quantised:
             raise InputError(
                 f"{directory}: its weights are quantised ({quantised[0]} is "
-                f"{tensors[quantised[0]].dtype}), but its {SETTINGS_FILE} has no "
+                f"{tensors[quantised[0]].dtype}), but its {CONFIG_FILE} has no "
                 "quantization_config that says how. Give the folder as its maker wrote it, or "
                 f"{DEQUANTISE}"
             )
@@ -176,9 +176,9 @@ def check_quantisation(
     types = sorted({tensor.dtype for tensor in tensors.values()})
     if not quantised and set(types) <= _PLAIN_TYPES:
         raise InputError(
-            f"{directory}: its {SETTINGS_FILE} says that the weights are quantised by {method}, "
+            f"{directory}: its {CONFIG_FILE} says that the weights are quantised by {method}, "
             f"but they are plain ({', '.join(types)}): the section is left over. Remove "
-            f"quantization_config from {directory / SETTINGS_FILE}"
+            f"quantization_config from {directory / CONFIG_FILE}"
         )
     statement = f"{directory}: its weights are quantised by {method} (quantization_config)"
     if whole_reason:

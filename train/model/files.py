@@ -39,13 +39,13 @@ from rekindle.train.model.causes import (
 )
 from rekindle.train.model.fitting import AUTO_CLASSES
 from rekindle.train.model.folder import (
-    SETTINGS_FILE,
+    CONFIG_FILE,
     base_of,
     check_headers,
+    config_folder_of,
     is_adapter,
     own_files,
-    read_settings,
-    settings_folder,
+    read_config,
     stored_tensors,
 )
 from rekindle.train.model.heads import copy_matching_weights, log_unused_weights, use_own_head
@@ -116,7 +116,7 @@ def base_fingerprints(base: Path) -> dict[str, str]:
 
 def config_fingerprint(directory: Path) -> str:
     """Return sha256 over the model's configuration, without what every save changes."""
-    lasting = {k: v for k, v in read_settings(directory).items() if k not in VOLATILE_KEYS}
+    lasting = {k: v for k, v in read_config(directory).items() if k not in VOLATILE_KEYS}
     return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
 
 
@@ -139,8 +139,8 @@ def load_config(
     """
     import transformers
 
-    file = settings_folder(directory) / SETTINGS_FILE
-    read_settings(directory)  # its error for an invalid file says more than transformers'
+    file = config_folder_of(directory) / CONFIG_FILE
+    read_config(directory)  # its error for an invalid file says more than transformers'
     with explaining_load_errors(f"{file} cannot be used"):
         config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
             str(file.parent), trust_remote_code=False
@@ -161,8 +161,8 @@ def load_config(
 
 def adapt_config(config: "PretrainedConfig", directory: Path, auto_class: str) -> None:
     """Adapt a configuration that was read for no class to ``auto_class``: see load_config."""
-    config_folder = settings_folder(directory)
-    if auto_class.endswith("Classification") and quantised_by(read_settings(directory)) is None:
+    config_folder = config_folder_of(directory)
+    if auto_class.endswith("Classification") and quantised_by(read_config(directory)) is None:
         complete_labels(config, auto_class, stored_tensors(config_folder), config_folder)
     if is_adapter(directory):
         complete_config(config, directory, auto_class)
@@ -191,7 +191,7 @@ def load_weights(
     if (base := base_of(directory)) is not None:
         return _load_adapted(directory, base, auto_class, dtype, failure, config)
     check_headers(directory)
-    check_quantisation(directory, read_settings(directory), stored_tensors(directory), whole_reason)
+    check_quantisation(directory, read_config(directory), stored_tensors(directory), whole_reason)
     load: Any = getattr(transformers, auto_class).from_pretrained
     if active_recording() is not None:
         load = partial(load_later, auto_class)

@@ -1,5 +1,5 @@
-"""A model's folder according to its files: what it is, its configuration, the headers of its
-weights.
+"""Find a model's folder (local, hub, store, GGUF), and read its configuration and safetensors
+headers.
 
 Only headers are read, and torch is not imported: a wrong folder is found before expensive work
 begins.
@@ -26,7 +26,7 @@ from rekindle.train.outside.gguf import folder_of_gguf
 log = logging.getLogger("rekindle")
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-SETTINGS_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
+CONFIG_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ABOUT_FILE = "rekindle_student.json"  # beside a student: its record
@@ -59,7 +59,7 @@ class StoredTensor:
 
 def resolve_model(path_or_id: str, check: Callable[[Path], None] | None = None) -> Path:
     """Return the local directory of a model; a hub id is downloaded (or found in the hub's cache),
-    a folder in a store (``s3://…``) gets a local copy, and one is made from a GGUF file.
+    a folder in a store (``s3://…``) gets a local copy, and a GGUF file is converted into a folder.
 
     ``check`` raises InputError for an invalid folder; by default it is ``check_folder``. Raises
     InputError if it is none of these.
@@ -98,7 +98,9 @@ def resolve_model(path_or_id: str, check: Callable[[Path], None] | None = None) 
 
 
 def check_folder(directory: Path) -> None:
-    """Raise InputError unless ``directory`` holds a model, or an adapter of one, and not both."""
+    """Raise InputError unless ``directory`` has a config.json or an adapter's configuration
+    (weights are not looked for), or if it holds both an adapter and whole weights.
+    """
     names = {path.name for pattern in WHOLE_WEIGHTS for path in directory.glob(pattern)}
     if (directory / ADAPTER_FILE).is_file():
         if names:
@@ -108,12 +110,12 @@ def check_folder(directory: Path) -> None:
                 "adapter into a folder of its own, or remove the other"
             )
         return
-    if (directory / SETTINGS_FILE).is_file():
+    if (directory / CONFIG_FILE).is_file():
         return
     ggufs = sorted(path.name for path in directory.glob("*.gguf"))
     if ggufs:
         raise InputError(
-            f"{directory} holds a GGUF file ({ggufs[0]}) but no {SETTINGS_FILE}. Name the file: "
+            f"{directory} holds a GGUF file ({ggufs[0]}) but no {CONFIG_FILE}. Name the file: "
             f"{directory / ggufs[0]}, or give `gguf_file: {ggufs[0]}` beside `model`"
         )
     if list(directory.glob("adapter_model.*")):
@@ -127,7 +129,7 @@ def check_folder(directory: Path) -> None:
             f"{state}{f', or give a checkpoint of it: {checkpoint}' if checkpoint else ''}"
         )
     raise InputError(
-        f"{directory} is not a model directory: it has no {SETTINGS_FILE}. "
+        f"{directory} is not a model directory: it has no {CONFIG_FILE}. "
         "Give a directory written by save_pretrained"
     )
 
@@ -155,23 +157,23 @@ def read_object(path: Path) -> dict[str, Any]:
     return content_object
 
 
-def read_settings(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
     """Read config.json (for an adapter its base's), which must say what kind of model it is."""
-    path = settings_folder(directory) / SETTINGS_FILE
-    settings = read_object(path)
-    if not isinstance(settings.get("model_type"), str):
+    path = config_folder_of(directory) / CONFIG_FILE
+    model_config = read_object(path)
+    if not isinstance(model_config.get("model_type"), str):
         raise InputError(
             f"{path} has no model_type, so the kind of model is unknown. Save the model again "
             'with save_pretrained, or add it ("model_type": "bert")'
         )
-    _check_label_numbers(settings.get("id2label"), path)
-    _check_values(settings, path)
-    return settings
+    _check_label_numbers(model_config.get("id2label"), path)
+    _check_values(model_config, path)
+    return model_config
 
 
-def _check_values(settings: Mapping[str, Any], path: Path) -> None:
+def _check_values(model_config: Mapping[str, Any], path: Path) -> None:
     """Raise InputError for values that transformers accepts unchecked, and fails on later."""
-    architectures = settings.get("architectures")
+    architectures = model_config.get("architectures")
     are_names = isinstance(architectures, list) and all(
         isinstance(name, str) for name in architectures
     )
@@ -181,9 +183,9 @@ def _check_values(settings: Mapping[str, Any], path: Path) -> None:
             'model was saved as: ["BertForMaskedLM"]'
         )
     for key in _SIZES:
-        if type(size := settings.get(key)) is int and not 0 <= size <= _LARGEST_SIZE:
+        if type(size := model_config.get(key)) is int and not 0 <= size <= _LARGEST_SIZE:
             raise InputError(f"{path}: {key} is {size:,}; it must be from 0 to {_LARGEST_SIZE:,}")
-    for key, share in settings.items():
+    for key, share in model_config.items():
         if "dropout" in key and type(share) in (int, float) and not 0 <= share <= 1:
             raise InputError(f"{path}: {key} is {share}; it must be from 0 to 1")
 
@@ -356,9 +358,9 @@ def _damaged(file: Path, tensor: str, problem: str) -> InputError:
 def base_of(directory: Path) -> Path | None:
     """Return the folder of an adapter's base; None for a whole model.
 
-    A base named by a relative path is searched from here, then from the adapter's folder and each
-    parent of it, because its trainer named the path from a folder of their own. Raises InputError
-    if there is none.
+    A base named by a relative path is searched from the current directory, then from the adapter's
+    folder and each parent of it, because its trainer named the path from a folder of their own.
+    Raises InputError if there is none.
     """
     if not is_adapter(directory):
         return None
@@ -384,7 +386,7 @@ def base_of(directory: Path) -> Path | None:
     return base
 
 
-def settings_folder(directory: Path) -> Path:
+def config_folder_of(directory: Path) -> Path:
     """Return the folder of a model's config.json: for an adapter, its base's."""
     return base_of(directory) or directory
 

@@ -13,7 +13,7 @@ from rekindle.train.model.adapter import check_base_shapes, whole_tensors
 from rekindle.train.model.causes import MERGED, TRAINED, check_quantisation, quantised_by
 from rekindle.train.model.files import adapt_config, check_base, check_body_complete, load_config
 from rekindle.train.model.fitting import AUTO_CLASSES, LANGUAGE, auto_class_of, check_fits
-from rekindle.train.model.folder import base_of, check_headers, read_settings, stored_tensors
+from rekindle.train.model.folder import base_of, check_headers, read_config, stored_tensors
 from rekindle.train.model.meta import (
     Misfit,
     check_none_missing,
@@ -122,12 +122,14 @@ def _misfit(
     base = base_of(directory)
     weights_folder = base or directory
     check_headers(weights_folder)
-    settings, tensors = read_settings(weights_folder), stored_tensors(weights_folder)
-    check_quantisation(weights_folder, settings, tensors, whole_reason if base is None else MERGED)
+    model_config, tensors = read_config(weights_folder), stored_tensors(weights_folder)
+    check_quantisation(
+        weights_folder, model_config, tensors, whole_reason if base is None else MERGED
+    )
     if base is not None:
         check_headers(directory)
         tensors = tensors | whole_tensors(directory)
-    if quantised_by(settings) is not None:
+    if quantised_by(model_config) is not None:
         return None
     if not config.name_or_path:
         config.name_or_path = str(directory)

@@ -21,7 +21,7 @@ from rekindle.train.config import STEPS_ONCE, StudentConfig, TrainConfig
 from rekindle.train.measures import EVALUATION_SECTION, EVALUATION_VERSION, evaluation_version_of
 from rekindle.train.method import find_method
 from rekindle.train.model.files import config_fingerprint, weights_fingerprint
-from rekindle.train.model.folder import ADAPTER_FILE, SETTINGS_FILE, resolve_model
+from rekindle.train.model.folder import ADAPTER_FILE, CONFIG_FILE, resolve_model
 from rekindle.train.model.unfinished import RUN_FILE, SUMMARY_FILE
 from rekindle.train.record.run_folder import (
     check_same_settings,
@@ -259,6 +259,6 @@ def is_finished(run: Path, model: bool = True) -> bool:
     it.
     """
     files = (SUMMARY_FILE, *((ABOUT_FILE,) if model else ()))
-    settings = any((run / name).is_file() for name in (SETTINGS_FILE, ADAPTER_FILE))
+    settings = any((run / name).is_file() for name in (CONFIG_FILE, ADAPTER_FILE))
     weights = settings and any(run.glob("*.safetensors"))
     return (weights or not model) and all((run / name).is_file() for name in files)

@@ -19,10 +19,10 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_attempt
 from rekindle.data.storage.folders import UNFINISHED
 from rekindle.data.storage.object_store import ObjectStore
-from rekindle.train.model.folder import ADAPTER_FILE, SETTINGS_FILE
+from rekindle.train.model.folder import ADAPTER_FILE, CONFIG_FILE
 from rekindle.train.record.working_copy import in_use_error, store_of, working_copy
 
-_MODEL = (SETTINGS_FILE, ADAPTER_FILE)  # either one makes a folder a model's
+_MODEL = (CONFIG_FILE, ADAPTER_FILE)  # either one makes a folder a model's
 _SMALL = ".json"
 
 
