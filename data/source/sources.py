@@ -37,7 +37,7 @@ class Entry(NamedTuple):
     """One entry of a source, and what its records hold."""
 
     place: str
-    content: str = "text"  # a Content; or the internal content of samples
+    content: str = "text"  # a Content, or that of a written sample (forms/written.py)
 
     @classmethod
     def of(cls, entry: "str | Entry") -> "Entry":
