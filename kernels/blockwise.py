@@ -16,8 +16,8 @@ from torch import Tensor
 from rekindle.kernels.blocks import Gradients, product_, row_blocks, rows_apart
 from rekindle.kernels.call import Call
 from rekindle.kernels.closed_form import BlockLosses, Coefficients, block_buffers, loss_block
-from rekindle.kernels.hidden import TeacherBlocks
-from rekindle.kernels.targets import SparseTargets
+from rekindle.kernels.hidden import LogProbBlocks
+from rekindle.kernels.targets import KernelTargets
 from rekindle.kernels.whole_vocabulary import whole_buffers, whole_loss_block
 
 
@@ -80,7 +80,7 @@ def _scatter_rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
 
 def _join_blocks(call: Call, block_losses: list[BlockLosses], rows: Tensor | None) -> BlockLosses:
     """Join the losses of all blocks; rows that were left out get 0."""
-    count, teachers = len(call.targets.ids), len(call.settings.shares)
+    count, teachers = len(call.targets.ids), len(call.settings.kd_weights)
     if not block_losses:
         zeros = call.student.inputs.new_zeros(count, teachers, dtype=call.student.compute_dtype)
         return BlockLosses(zeros[:, 0], zeros if teachers > 1 else zeros[:, 0])
@@ -202,18 +202,18 @@ class _LinearHead:
 
 
 def _block_losses(
-    call: Call, kept_targets: SparseTargets, rows: Tensor | None
+    call: Call, kept_targets: KernelTargets, rows: Tensor | None
 ) -> Callable[[Tensor, slice, Coefficients | None], BlockLosses]:
     """Return a function that computes the losses of a block's raw logits z [C,V] and overwrites z
     with their gradient.
     """
     settings, tau = call.settings, call.settings.temperature
-    if call.teacher.states is None:
+    if call.whole.states is None:
         return lambda z, block, block_factors: loss_block(
             z, kept_targets.take(block), settings, block_factors
         )
     dtype = call.student.compute_dtype
-    teacher = TeacherBlocks(call.teacher, dtype, call.computation.product_dtype or dtype)
+    teacher = LogProbBlocks(call.whole, dtype, call.computation.product_dtype or dtype)
     assert rows is not None
     return lambda z, block, block_factors: whole_loss_block(
         z,
@@ -238,9 +238,9 @@ def _rows_to_keep(call: Call) -> Tensor | None:
     """Return the indices of rows with a weight and a label or target; None to keep all rows."""
     targets = call.targets
     if not _drops_rows(call):
-        is_whole = call.teacher.states is not None
+        is_whole = call.whole.states is not None
         return torch.arange(len(targets.ids), device=targets.ids.device) if is_whole else None
-    if call.teacher.states is not None:
+    if call.whole.states is not None:
         return targets.active().nonzero()[:, 0]
     has_loss = targets.labelled(call.settings.ignore_index) if targets.labels is not None else None
     if has_loss is None or not bool(has_loss.all()):
@@ -254,7 +254,7 @@ def _rows_to_keep(call: Call) -> Tensor | None:
 def _torch_blocks(call: Call, rows: int) -> list[slice]:
     """Return consecutive slices of `rows`, sized by what PyTorch needs for a block of logits."""
     student = call.student
-    count = block_buffers if call.teacher.states is None else whole_buffers
+    count = block_buffers if call.whole.states is None else whole_buffers
     buffers = count(call.settings, call.targets.labels is not None)
     size = buffers * student.compute_dtype.itemsize
     return row_blocks(rows, student.vocabulary, size, student.inputs.device)

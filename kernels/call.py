@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rekindle.kernels.blocks import compute_dtype, matrix_dtype
-from rekindle.kernels.hidden import WholeTeacher
-from rekindle.kernels.targets import LossSettings, SparseTargets
+from rekindle.kernels.hidden import WholeLogits
+from rekindle.kernels.targets import KernelTargets, LossSettings
 
 GradientFlags = Sequence[bool]  # one flag each for the student's inputs, weight and bias
 
@@ -50,8 +50,8 @@ class Call(NamedTuple):
     """All arguments of the operator."""
 
     student: StudentLogits
-    targets: SparseTargets  # for a whole-vocabulary teacher: labels and weights, no ids
-    teacher: WholeTeacher
+    targets: KernelTargets  # for a whole-vocabulary teacher: labels and weights, no ids
+    whole: WholeLogits
     settings: LossSettings
     computation: Computation
 

@@ -14,13 +14,14 @@ from rekindle.kernels.encoded import EncodedTargets
 from rekindle.kernels.hidden import HiddenTargets, WholeTargets
 from rekindle.kernels.targets import (
     DecodedTargets,
+    KernelTargets,
     LossSettings,
-    SparseRow,
-    SparseTargets,
+    SparseTriple,
     check_tensor,
 )
 
-LossTargets = EncodedTargets | DecodedTargets | WholeTargets  # targets that carry all a loss needs
+# targets that carry all a loss needs
+TargetObjects = EncodedTargets | DecodedTargets | WholeTargets
 
 # A row's probabilities may sum to 1 + SUM_TOLERANCE: rounding sixty of them to bfloat16 adds less.
 SUM_TOLERANCE = 0.01
@@ -28,19 +29,17 @@ TAIL_ROUNDING = 1e-5  # a tail between -TAIL_ROUNDING and 0 comes of rounding 1 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 MAX_LIST_SIZE = 1024  # up to this many numbers are checked as Python lists
 
-
-# the kinds that several teachers may have in one call
-SparseKinds = EncodedTargets | DecodedTargets
+CandidateTargets = EncodedTargets | DecodedTargets  # what several teachers may have in one call
 
 
-def check_kinds(teachers: Sequence[object], several: bool) -> None:
+def check_kinds(all_targets: Sequence[object], several: bool) -> None:
     """Raise ValueError for targets that no loss takes, alone or, if `several`, in a list."""
-    if several and not teachers:
+    if several and not all_targets:
         raise ValueError(
             "target_ids is an empty list; it must hold the targets of at least one teacher"
         )
-    for number, targets in enumerate(teachers):
-        if several and not isinstance(targets, SparseKinds):
+    for number, targets in enumerate(all_targets):
+        if several and not isinstance(targets, CandidateTargets):
             raise ValueError(
                 f"target_ids[{number}] is a {_type_name(targets)}; a list holds EncodedTargets or "
                 "DecodedTargets, one for each teacher. Give other targets alone, in a call of "
@@ -54,11 +53,9 @@ def weights_of(kd_weight: float | Sequence[float], teachers: int, several: bool)
     if not isinstance(kd_weight, Sequence):
         return (kd_weight,) * teachers
     if not several or len(kd_weight) != teachers:
-        subject = f"a list of {teachers} teachers" if several else "targets of one"
-        raise ValueError(
-            f"kd_weight is {list(kd_weight)} beside {subject}; it must be a number, or a list "
-            "with one number for each teacher in a list"
-        )
+        owner = f"a list of {teachers} teachers'" if several else "one teacher's"
+        advice = "give a number, or a list with one for each" if several else "give a number"
+        raise ValueError(f"kd_weight is {list(kd_weight)}, but the targets are {owner}; {advice}")
     return tuple(kd_weight)
 
 
@@ -66,7 +63,7 @@ def check_kind(targets: object) -> None:
     """Raise ValueError for targets that are neither a tensor nor a type that carries its own
     values.
     """
-    if isinstance(targets, Tensor | LossTargets):
+    if isinstance(targets, Tensor | TargetObjects):
         return
     advice = "rekindle.train.to_device.to_device makes such targets from a batch of a cache"
     if isinstance(targets, tuple):
@@ -96,7 +93,10 @@ def check_student(student: StudentLogits) -> None:
 
 
 def label_weight(labels: Tensor | None, ce_weight: float | None) -> float:
-    """Return the weight of CE; raise ValueError for labels without it, or for it without labels."""
+    """Return the weight of CE.
+
+    Raise ValueError for labels without ce_weight, or a non-zero ce_weight without labels.
+    """
     if labels is None and ce_weight:
         raise ValueError(
             f"ce_weight is {ce_weight} and there are no labels, so there is no cross-entropy. Give "
@@ -111,8 +111,8 @@ def label_weight(labels: Tensor | None, ce_weight: float | None) -> float:
 
 
 def prepare_targets(
-    targets: SparseTargets, student: StudentLogits, settings: LossSettings, impl: str
-) -> tuple[SparseTargets, bool]:
+    targets: KernelTargets, student: StudentLogits, settings: LossSettings, impl: str
+) -> tuple[KernelTargets, bool]:
     """Check the targets, and return them without gradient (with ids and labels as int64 for
     PyTorch), and whether they are known to be full: every slot lists an id and every label counts.
 
@@ -131,7 +131,7 @@ def prepare_targets(
     for name, integers in (("target_ids", ids), ("labels", labels)):
         _check_integers(name, integers)
     if any(t is not None and t.requires_grad for t in targets):
-        targets = SparseTargets(*(None if t is None else t.detach() for t in targets))  # type: ignore[arg-type]
+        targets = KernelTargets(*(None if t is None else t.detach() for t in targets))  # type: ignore[arg-type]
     reads_values = device.type == "cpu" and not encoded and not torch.compiler.is_compiling()
     if reads_values or impl == "torch":  # the kernel takes any integer dtype
         if not encoded and ids.dtype != torch.int64:
@@ -143,8 +143,8 @@ def prepare_targets(
             ~torch.isfinite(weight),
             lambda row: f"row_weight holds {float(weight[row]):g} in row {row}; it must be finite",
         )
-    is_full = reads_values and _check_values(targets, student.vocabulary, settings)
-    return targets, is_full
+    is_known_full = reads_values and _raise_or_find_full(targets, student.vocabulary, settings)
+    return targets, is_known_full
 
 
 def _check_integers(name: str, integers: Tensor | None) -> None:
@@ -182,7 +182,7 @@ def check_whole_values(targets: WholeTargets, active: Tensor) -> None:
     )
 
 
-def check_sums(targets: SparseTargets) -> None:
+def check_not_below_one(targets: KernelTargets) -> None:
     """Raise ValueError, naming the row, if probabilities and a given tail sum to less than 1 in a
     row with ids. Checks CPU tensors only.
     """
@@ -201,7 +201,7 @@ def check_sums(targets: SparseTargets) -> None:
     )
 
 
-def check_mixed(teachers: Sequence[SparseRow], weights: Tensor) -> None:
+def check_mixed(teachers: Sequence[SparseTriple], weights: Tensor) -> None:
     """Raise ValueError for targets that weights [N,T] cannot mix; values on CPU tensors only."""
     if weights.device.type == "cpu" and not bool(((weights >= 0) & torch.isfinite(weights)).all()):
         raise ValueError("weights hold a negative value, NaN or inf; a mixture's weights are ≥ 0")
@@ -236,19 +236,19 @@ def _check_mixed_values(
         )
 
 
-def _check_values(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> bool:
+def _raise_or_find_full(targets: KernelTargets, vocabulary: int, settings: LossSettings) -> bool:
     """Raise ValueError, naming the row, for wrong values in the rows that count.
 
     Return the result of `_is_valid_and_full`.
     """
     if _is_valid_and_full(targets, vocabulary, settings):
         return True
-    if _extremes_are_valid(targets, vocabulary, settings):
+    if _all_rows_pass(targets, vocabulary, settings):
         return False
     active = targets.active()
     ids, listed = targets.ids, (targets.ids >= 0) & active[:, None]
 
-    def values(row: int) -> str:
+    def first_probs(row: int) -> str:
         return ", ".join(f"{v:g}" for v in targets.probs[row][listed[row]][:6].tolist())
 
     outside = (ids < -1) | (ids >= vocabulary)
@@ -272,16 +272,16 @@ def _check_values(targets: SparseTargets, vocabulary: int, settings: LossSetting
     _raise_for_first(
         ~((probs >= 0) & torch.isfinite(probs)).all(1),
         lambda row: (
-            f"target_probs hold a negative value, NaN or inf in row {row} ({values(row)} …); they "
-            "are probabilities"
+            f"target_probs hold a negative value, NaN or inf in row {row} ({first_probs(row)} …); "
+            "they are probabilities"
         ),
     )
-    _check_masses(targets, probs, active, settings, values)
+    _check_masses(targets, probs, active, settings, first_probs)
     _check_labels(targets, vocabulary, settings.ignore_index)
     return False
 
 
-def _is_valid_and_full(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> bool:
+def _is_valid_and_full(targets: KernelTargets, vocabulary: int, settings: LossSettings) -> bool:
     """Return whether the call is small, its values are valid, every slot lists an id and every
     label counts.
 
@@ -306,9 +306,9 @@ def _is_valid_and_full(targets: SparseTargets, vocabulary: int, settings: LossSe
     return min(numbers) >= 0 and max(numbers) < vocabulary and settings.ignore_index not in numbers
 
 
-def _extremes_are_valid(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> bool:
-    """Return whether the smallest and largest values over all rows are valid. The targets may be
-    valid even if they are not: rows that do not count may hold anything.
+def _all_rows_pass(targets: KernelTargets, vocabulary: int, settings: LossSettings) -> bool:
+    """Return True if all rows are valid. False proves nothing: a row that does not count may hold
+    anything.
     """
     ids, probs, tail, labels = targets[:4]
     if ids.numel() == 0:
@@ -335,11 +335,11 @@ def _extremes_are_valid(targets: SparseTargets, vocabulary: int, settings: LossS
 
 
 def _check_masses(
-    targets: SparseTargets,
+    targets: KernelTargets,
     probs: Tensor,
     active: Tensor,
     settings: LossSettings,
-    values: Callable[[int], str],
+    first_probs: Callable[[int], str],
 ) -> None:
     """Check that tails are probabilities, and that ids and tail bucket together sum to at most 1.
 
@@ -361,15 +361,15 @@ def _check_masses(
         _raise_for_first(
             (mass > 1 + SUM_TOLERANCE) & active,
             lambda row: (
-                f"target_probs{with_tail} sum to {float(mass[row]):g} in row {row} ({values(row)} "
-                "…), which is no distribution: they must sum to 1 or less. Apply exp() to "
-                "log-probabilities and a softmax to logits; for weights to be scaled to 1, use "
-                "tail='renormalise'"
+                f"target_probs{with_tail} sum to {float(mass[row]):g} in row {row} "
+                f"({first_probs(row)} …), which is no distribution: they must sum to 1 or less. "
+                "Apply exp() to log-probabilities and a softmax to logits; for weights to be "
+                "scaled to 1, use tail='renormalise'"
             ),
         )
 
 
-def _check_labels(targets: SparseTargets, vocabulary: int, ignore_index: int) -> None:
+def _check_labels(targets: KernelTargets, vocabulary: int, ignore_index: int) -> None:
     if (labels := targets.labels) is None:
         return
     invalid = targets.labelled(ignore_index) & ((labels < 0) | (labels >= vocabulary))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rekindle.kernels.call import StudentLogits
-from rekindle.kernels.checks import LossTargets
+from rekindle.kernels.checks import TargetObjects
 from rekindle.kernels.encoded import EncodedTargets
 from rekindle.kernels.hidden import WholeTargets
 from rekindle.kernels.targets import MAX_KEPT, TRITON_INSTALLED
@@ -17,10 +17,10 @@ from rekindle.kernels.targets import MAX_KEPT, TRITON_INSTALLED
 logger = logging.getLogger("rekindle")
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
-Targets = Tensor | LossTargets
+AnyTargets = Tensor | TargetObjects
 
 
-def choose(impl: str, student: StudentLogits, teachers: Sequence[Targets]) -> str:
+def choose(impl: str, student: StudentLogits, all_targets: Sequence[AnyTargets]) -> str:
     """Return the implementation to run, "triton" or "torch"; log once what "auto" takes,
     and why.
     """
@@ -29,9 +29,9 @@ def choose(impl: str, student: StudentLogits, teachers: Sequence[Targets]) -> st
     if impl == "torch":
         return "torch"
     interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # in tests
-    is_whole = isinstance(teachers[0], WholeTargets)
+    is_whole = isinstance(all_targets[0], WholeTargets)
     device, dtype = student.inputs.device, student.fused_dtype
-    obstacle = _obstacle(device, dtype, teachers, interpreted)
+    obstacle = _obstacle(device, dtype, all_targets, interpreted)
     if impl == "triton" and obstacle and not is_whole:
         raise ValueError(f"impl is 'triton', but {obstacle}; use 'auto' or 'torch'")
     if (impl == "auto" or is_whole) and not torch.compiler.is_compiling():
@@ -41,22 +41,22 @@ def choose(impl: str, student: StudentLogits, teachers: Sequence[Targets]) -> st
 
 
 def _obstacle(
-    device: torch.device, dtype: torch.dtype, teachers: Sequence[Targets], interpreted: bool
+    device: torch.device, dtype: torch.dtype, all_targets: Sequence[AnyTargets], interpreted: bool
 ) -> str | None:
     """Return why the Triton kernels cannot run here; None if they can."""
-    if isinstance(teachers[0], WholeTargets):
+    if isinstance(all_targets[0], WholeTargets):
         return "targets of the whole vocabulary have no Triton kernel"
     if device.type != "cuda" and not interpreted:
         return f"the tensors are on {device.type}"
     if dtype == torch.float64:
         return "the kernels compute in float32 and the student is float64"
-    all_ids = (t if isinstance(t, Tensor | WholeTargets) else t.ids for t in teachers)
+    all_ids = (t if isinstance(t, Tensor | WholeTargets) else t.ids for t in all_targets)
     total_ids = sum(ids.shape[-1] for ids in all_ids if isinstance(ids, Tensor))
     if total_ids > MAX_KEPT:
         return f"a row holds {total_ids} ids and the kernels take at most {MAX_KEPT}"
-    targets = teachers[0]  # several teachers' targets are decoded first
+    targets = all_targets[0]  # several teachers' targets are decoded first
     if (
-        len(teachers) == 1
+        len(all_targets) == 1
         and isinstance(targets, EncodedTargets)
         and targets.values.dtype != torch.uint8
     ):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rekindle.kernels.targets import LOG_OF_ZERO, LossSettings, SparseTargets, target_masses
+from rekindle.kernels.targets import LOG_OF_ZERO, KernelTargets, LossSettings, target_masses
 
 
 class BlockLosses(NamedTuple):
@@ -48,7 +48,7 @@ def block_buffers(settings: LossSettings, has_labels: bool) -> int:
 
 
 def loss_block(
-    z: Tensor, targets: SparseTargets, settings: LossSettings, coefficients: Coefficients | None
+    z: Tensor, targets: KernelTargets, settings: LossSettings, coefficients: Coefficients | None
 ) -> BlockLosses:
     """Return the losses of each row of raw logits z [C,V], a private float32 or float64 buffer.
 
@@ -108,7 +108,7 @@ def _may_read(values: Tensor) -> bool:
 
 
 def _one_teacher(
-    targets: SparseTargets,
+    targets: KernelTargets,
     log_p: Tensor,
     settings: LossSettings,
     scale: Tensor | None,
@@ -124,7 +124,7 @@ def _one_teacher(
 
 
 def _several_teachers(
-    targets: SparseTargets, log_p: Tensor, settings: LossSettings, scale: Tensor | None
+    targets: KernelTargets, log_p: Tensor, settings: LossSettings, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return each teacher's D [C,T], and the sum of their gradients [C,K+1] by `scale` [C,T].
 
@@ -136,7 +136,7 @@ def _several_teachers(
     assert targets.tail is not None
     for t in range(targets.probs.shape[1]):
         probs = targets.probs[:, t]
-        own_targets = SparseTargets(
+        own_targets = KernelTargets(
             torch.where(probs >= 0, targets.ids, -1), probs, targets.tail[:, t]
         )
         listed = own_targets.ids >= 0
@@ -331,7 +331,7 @@ class _Label(NamedTuple):
     possible: Tensor | None  # [C,1] bool: counts and has a finite logit; None: all are
 
     @staticmethod
-    def gather(z: Tensor, targets: SparseTargets, ignore_index: int) -> "_Label | None":
+    def gather(z: Tensor, targets: KernelTargets, ignore_index: int) -> "_Label | None":
         if targets.labels is None:
             return None
         ids = targets.labels[:, None]

@@ -8,7 +8,7 @@ that was not drawn as one that the teacher rules out, and have their minimum els
 SKEWED = "skew_kl"
 LINEAR = {"forward_kl": True, "reverse_kl": False, "jsd": False, "tvd": False, SKEWED: False}
 DIVERGENCES = tuple(LINEAR)
-EVERY_LINEAR = tuple(name for name, linear in LINEAR.items() if linear)
+LINEAR_DIVERGENCES = tuple(name for name, linear in LINEAR.items() if linear)
 SKEW = 0.1  # α of skew_kl if none is given: the paper's value
 
 

@@ -39,8 +39,10 @@ class DenseTargets(NamedTuple):
 WholeTargets = HiddenTargets | DenseTargets
 
 
-class WholeTeacher(NamedTuple):
-    """The fields of HiddenTargets; without `weight`, `states` holds log-probabilities."""
+class WholeLogits(NamedTuple):
+    """All logits of N rows, a teacher's or a student's: the fields of HiddenTargets; without
+    `weight`, `states` holds log-probabilities.
+    """
 
     states: Tensor | None = None  # None: the targets are sparse
     scale: Tensor | None = None
@@ -50,28 +52,28 @@ class WholeTeacher(NamedTuple):
     logit_scale: float = 1.0
 
     @classmethod
-    def of(cls, targets: WholeTargets) -> "WholeTeacher":
-        """Return the teacher of these targets, detached."""
+    def of(cls, targets: WholeTargets) -> "WholeLogits":
+        """Return those of a teacher's targets, detached."""
         if isinstance(targets, DenseTargets):
             return cls(targets.log_probs.detach())
         tensors = (None if t is None else t.detach() for t in targets[:4])
         return cls._make((*tensors, targets.softcap, float(targets.logit_scale)))
 
 
-class TeacherBlocks:
+class LogProbBlocks:
     """Log-probabilities [C,V] of some rows at a time, in one shared buffer."""
 
-    def __init__(self, teacher: WholeTeacher, dtype: torch.dtype, product_dtype: torch.dtype):
-        self.teacher, self.dtype, self.product_dtype = teacher, dtype, product_dtype
-        self.weight = None if teacher.weight is None else teacher.weight.to(product_dtype)
+    def __init__(self, whole: WholeLogits, dtype: torch.dtype, product_dtype: torch.dtype):
+        self.whole, self.dtype, self.product_dtype = whole, dtype, product_dtype
+        self.weight = None if whole.weight is None else whole.weight.to(product_dtype)
         self.buffer: Tensor | None = None
 
     def log_probs(self, rows: Tensor, temperature: float) -> Tensor:
         """Return those of the rows [C] at τ: at most as many rows as in the first call; the caller
         may overwrite them.
         """
-        assert self.teacher.states is not None
-        out = self.teacher.states[rows].to(self.dtype)  # indexing copies
+        assert self.whole.states is not None
+        out = self.whole.states[rows].to(self.dtype)  # indexing copies
         if self.weight is not None:
             out = self._logits(out, rows, self.weight)
         if temperature != 1.0:
@@ -79,16 +81,16 @@ class TeacherBlocks:
         return log_softmax_(out)
 
     def _logits(self, states: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-        teacher = self.teacher
-        if teacher.scale is not None:
-            states.mul_(teacher.scale[rows].to(self.dtype)[:, None])
+        whole = self.whole
+        if whole.scale is not None:
+            states.mul_(whole.scale[rows].to(self.dtype)[:, None])
         if self.buffer is None:
             self.buffer = states.new_empty(len(states), len(weight))
         out = self.buffer[: len(states)]
         product_(out, states.to(self.product_dtype), weight.t())
-        if teacher.bias is not None:
-            out.add_(teacher.bias)
-        transform_(out, teacher.logit_scale, teacher.softcap)
+        if whole.bias is not None:
+            out.add_(whole.bias)
+        transform_(out, whole.logit_scale, whole.softcap)
         return out
 
 
@@ -108,8 +110,8 @@ def row_entropy(
     """
     with torch.no_grad():
         dtype = compute_dtype(hidden, weight)
-        head = WholeTeacher(hidden, None, weight, bias, softcap, logit_scale)
-        student = TeacherBlocks(head, dtype, block_product_dtype(hidden, weight))
+        head = WholeLogits(hidden, None, weight, bias, softcap, logit_scale)
+        student = LogProbBlocks(head, dtype, block_product_dtype(hidden, weight))
         rows = torch.arange(len(hidden), device=hidden.device)
         entropy = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for block in row_blocks(len(rows), len(weight), 3 * dtype.itemsize, hidden.device):

@@ -11,31 +11,31 @@ from torch import Tensor
 
 from rekindle.kernels.call import Call, Computation, StudentLogits
 from rekindle.kernels.checks import (
-    SparseKinds,
+    CandidateTargets,
     check_kinds,
     check_mixed,
+    check_not_below_one,
     check_student,
-    check_sums,
     check_whole_values,
     label_weight,
     prepare_targets,
     weights_of,
 )
-from rekindle.kernels.choice import Targets, choose
-from rekindle.kernels.divergences import EVERY_LINEAR, skew_of
+from rekindle.kernels.choice import AnyTargets, choose
+from rekindle.kernels.divergences import LINEAR_DIVERGENCES, skew_of
 from rekindle.kernels.encoded import EncodedTargets, check_encoded, decode
 from rekindle.kernels.hidden import (
+    WholeLogits,
     WholeTargets,
-    WholeTeacher,
     block_product_dtype,
     check_whole,
 )
 from rekindle.kernels.ops import losses
 from rekindle.kernels.targets import (
     DecodedTargets,
+    KernelTargets,
     LossSettings,
-    SparseRow,
-    SparseTargets,
+    SparseTriple,
     check_number,
     check_tensor,
     merge_rows,
@@ -56,7 +56,7 @@ class KDLoss(NamedTuple):
 
 def kd_loss(
     logits: Tensor | StudentLogits,
-    target_ids: Targets | list[SparseKinds],
+    target_ids: AnyTargets | list[CandidateTargets],
     target_probs: Tensor | None = None,
     *,
     tail_prob: Tensor | None = None,
@@ -85,7 +85,8 @@ def kd_loss(
     Args:
         logits: [N,V] float64 (computed and returned in float64), float32, bfloat16 or float16
             (computed in float32). Or StudentLogits of a linear head: see `linear_kd_loss`.
-        target_ids: [N,K] integers in [0,V), distinct within a row; -1 is padding, in any place.
+        target_ids: ids, or an object that holds all targets. Ids are [N,K] integers in [0,V),
+            distinct within a row; -1 is padding, in any place.
             - DecodedTargets or EncodedTargets hold everything at once; leave target_probs and
               tail_prob out. EncodedTargets are as a cache stores them; the Triton kernels decode
               them in registers.
@@ -101,7 +102,8 @@ def kd_loss(
             DecodedTargets may sum to less, like a mixture in which a teacher has no target.
         labels: [N] integers in [0,V) or `ignore_index`. None: no cross-entropy.
         temperature: τ > 0, applied after scale and softcap; the labels use τ = 1.
-        ce_weight: weight of CE. Required with labels (0.0: report `ce` only), refused without.
+        ce_weight: weight of CE. Required with labels (0.0: report `ce` only); without labels only
+            None or 0.0.
         kd_weight: weight of τ²·D; for several teachers one number for all, or one each.
         divergence: forward_kl KL(q‖p) | reverse_kl KL(p‖q) | jsd (β = ½) | tvd (½ Σ|q − p|) |
             skew_kl KL(q ‖ αq + (1−α)p), at most −log α. For a sample (kinds threshold and random,
@@ -125,8 +127,8 @@ def kd_loss(
 
     A target probability of zero counts as 2^-126 where its logarithm is needed (reverse KL outside
     the ids). So does the student's probability of an id whose logit is -inf, as a constant without
-    gradient. A bucket that holds no possible id is not an outcome. Losses are finite for every
-    logit that is not NaN or +inf.
+    gradient. If all unlisted ids have logit -inf, or there is none, the bucket is left out of D.
+    Losses are finite for every logit that is not NaN or +inf.
 
     Returns: KDLoss(loss, ce, kd), scalars or [N] by `reduction`; ce and kd are CE and D, with row
         weights applied, detached.
@@ -140,46 +142,52 @@ def kd_loss(
     """
     student = logits if isinstance(logits, StudentLogits) else StudentLogits(logits)
     several = isinstance(target_ids, list)
-    teachers: list[Targets] = [*target_ids] if isinstance(target_ids, list) else [target_ids]
-    check_kinds(teachers, several)
+    all_targets: list[AnyTargets] = [*target_ids] if isinstance(target_ids, list) else [target_ids]
+    check_kinds(all_targets, several)
     if skew is not None:
         check_number("skew", skew)
     settings = LossSettings(
-        *(temperature, label_weight(labels, ce_weight), 1.0, divergence, tail),
-        *(ignore_index, reduction, softcap, logit_scale),
+        temperature=temperature,
+        ce_weight=label_weight(labels, ce_weight),
+        kd_weights=weights_of(kd_weight, len(all_targets), several),
+        divergence=divergence,
+        tail=tail,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        softcap=softcap,
+        logit_scale=logit_scale,
         skew=skew_of(divergence, skew),
-        shares=weights_of(kd_weight, len(teachers), several),
     )
     check_student(student)
     settings.check()
-    teacher = WholeTeacher()
+    whole = WholeLogits()
     if isinstance(target_ids, WholeTargets):
         check_whole(target_ids, len(student.inputs), student.vocabulary, student.inputs.device)
-        teacher = WholeTeacher.of(target_ids)
-    for teacher_targets in teachers:
+        whole = WholeLogits.of(target_ids)
+    for teacher_targets in all_targets:
         if isinstance(teacher_targets, EncodedTargets):
             check_encoded(teacher_targets, len(student.inputs))
-    implementation = choose(impl, student, teachers)
-    if len(teachers) == 1:
+    implementation = choose(impl, student, all_targets)
+    if len(all_targets) == 1:
         targets, settings = _pack_or_decode(
-            teachers[0], target_probs, tail_prob, settings, implementation
+            all_targets[0], target_probs, tail_prob, settings, implementation
         )
         targets = targets._replace(labels=labels, weight=row_weight)
-        targets, is_full = prepare_targets(targets, student, settings, implementation)
+        targets, is_known_full = prepare_targets(targets, student, settings, implementation)
         if tail_prob is not None:
-            check_sums(targets)
-        if is_full:
+            check_not_below_one(targets)
+        if is_known_full:
             settings = settings._replace(full=True)
     else:
         all_sparse = []
-        for teacher_targets in teachers:
+        for teacher_targets in all_targets:
             sparse, settings = _pack_or_decode(
                 teacher_targets, target_probs, tail_prob, settings, "torch"
             )
             sparse = sparse._replace(labels=labels, weight=row_weight)
             all_sparse.append(prepare_targets(sparse, student, settings, "torch")[0])
         targets = union_rows(all_sparse)
-    is_whole = teacher.states is not None
+    is_whole = whole.states is not None
     if isinstance(target_ids, WholeTargets):
         check_whole_values(target_ids, targets.active())
     if student.weight is None:  # the gradient has the logits' layout
@@ -194,10 +202,10 @@ def kd_loss(
     elif student.weight is not None and implementation == "triton":
         product_dtype = student.fused_dtype
     reduced = losses(
-        Call(student, targets, teacher, settings, Computation(implementation, product_dtype))
+        Call(student, targets, whole, settings, Computation(implementation, product_dtype))
     )
     loss = KDLoss(*reduced)
-    return loss._replace(kd=loss.kd[..., None]) if several and len(teachers) == 1 else loss
+    return loss._replace(kd=loss.kd[..., None]) if several and len(all_targets) == 1 else loss
 
 
 class LossOptions(TypedDict, total=False):
@@ -222,7 +230,7 @@ class LossOptions(TypedDict, total=False):
 def linear_kd_loss(
     hidden: Tensor,
     weight: Tensor,
-    target_ids: Targets | list[SparseKinds],
+    target_ids: AnyTargets | list[CandidateTargets],
     target_probs: Tensor | None = None,
     *,
     bias: Tensor | None = None,
@@ -284,7 +292,7 @@ def linear_kd_loss(
 
 
 def merge_targets(
-    teachers: Sequence[SparseRow], weights: Tensor | Sequence[float]
+    teachers: Sequence[SparseTriple], weights: Tensor | Sequence[float]
 ) -> DecodedTargets:
     """Return the mixture Σ_t w_t·q_t of several teachers' sparse targets as one sparse target.
 
@@ -340,16 +348,16 @@ def _rows_are_dense(logits: Tensor) -> bool:
 
 
 def _pack_or_decode(
-    ids: Targets,
+    given: AnyTargets,
     probs: Tensor | None,
     tail: Tensor | None,
     settings: LossSettings,
     implementation: str,
-) -> tuple[SparseTargets, LossSettings]:
+) -> tuple[KernelTargets, LossSettings]:
     """Return the targets packed for the Triton kernels or decoded for PyTorch; plain ones
     unchanged; without ids for whole distributions.
     """
-    if isinstance(ids, Tensor):
+    if isinstance(given, Tensor):
         if probs is None:
             raise ValueError("target_probs is missing; ids alone are no target")
         if tail is not None and settings.tail != "bucket":
@@ -357,33 +365,34 @@ def _pack_or_decode(
                 f"tail_prob is given, but tail={settings.tail!r} ignores it: leave it out, or set "
                 "tail='bucket'"
             )
-        return SparseTargets(ids, probs, tail), settings
+        return KernelTargets(given, probs, tail), settings
     if probs is not None or tail is not None:
-        type_name = type(ids).__name__
+        type_name = type(given).__name__
         raise ValueError(
             f"{type_name} carry their own probabilities and tail; leave target_probs and tail_prob "
             "out"
         )
-    if isinstance(ids, WholeTargets):
-        empty = ids[0].new_empty(len(ids[0]), 0, dtype=torch.int64)
-        return SparseTargets(empty, empty, None), settings
-    if isinstance(ids, EncodedTargets) and ids.temperature not in (None, settings.temperature):
+    if isinstance(given, WholeTargets):
+        empty = given[0].new_empty(len(given[0]), 0, dtype=torch.int64)
+        return KernelTargets(empty, empty, None), settings
+    if isinstance(given, EncodedTargets) and given.temperature not in (None, settings.temperature):
         raise ValueError(
-            f"temperature is {settings.temperature}, but the targets are for {ids.temperature}: "
+            f"temperature is {settings.temperature}, but the targets are for {given.temperature}: "
             "the mass outside their ids is known at that temperature only. Give the loss the "
             "targets' temperature"
         )
-    if isinstance(ids, EncodedTargets) and ids.sampled and settings.divergence not in EVERY_LINEAR:
+    is_sample = isinstance(given, EncodedTargets) and given.sampled
+    if is_sample and settings.divergence not in LINEAR_DIVERGENCES:
         raise ValueError(
             f"divergence is {settings.divergence!r}, which is not linear in the target, and the "
             "targets are a sample: an id that was not drawn would count as impossible. Use "
-            f"{', '.join(EVERY_LINEAR)}, or targets of another kind (topk, dense, hidden)"
+            f"{', '.join(LINEAR_DIVERGENCES)}, or targets of another kind (topk, dense, hidden)"
         )
-    if isinstance(ids, EncodedTargets) and implementation == "triton":
-        low, values, scalars, high = ids.packed()
-        packed = SparseTargets(low, values, scalars, high=high)
-        return packed, settings._replace(kept=ids.kept, planes=ids.planes)
-    decoded = decode(ids, settings.temperature) if isinstance(ids, EncodedTargets) else ids
+    if isinstance(given, EncodedTargets) and implementation == "triton":
+        low, values, scalars, high = given.packed()
+        packed = KernelTargets(low, values, scalars, high=high)
+        return packed, settings._replace(kept=given.kept, planes=given.planes)
+    decoded = decode(given, settings.temperature) if isinstance(given, EncodedTargets) else given
     if decoded.probs is None:
         raise ValueError("the probs of DecodedTargets are missing; ids alone are no target")
-    return SparseTargets(*decoded), settings
+    return KernelTargets(*decoded), settings

@@ -179,7 +179,8 @@ def _(*flat: object) -> tuple[Tensor, ...]:
     call = Call.of(flat)
     inputs, dtype = call.student.inputs, call.student.compute_dtype
     shape = inputs.shape[:1] if call.settings.reduction == "none" else ()
-    kd_shape = shape if len(call.settings.shares) == 1 else (*shape, len(call.settings.shares))
+    teachers = len(call.settings.kd_weights)
+    kd_shape = shape if teachers == 1 else (*shape, teachers)
     fakes = [inputs.new_empty(size, dtype=dtype) for size in (shape, shape, kd_shape)]
     return *fakes, *_fake_gradients(call.student, _grads_in_forward(call))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from rekindle.kernels.blocks import Gradients, product_
 from rekindle.kernels.call import Call
 from rekindle.kernels.closed_form import parts_of
-from rekindle.kernels.targets import LossSettings, SparseTargets, target_masses
+from rekindle.kernels.targets import KernelTargets, LossSettings, target_masses
 
 MAX_LOGITS = 4096  # N·V; above it passes over the logits cost more than the operations' overhead
 # The least probability whose logarithm and reciprocal are accurate to the last bits.
@@ -28,7 +28,7 @@ Losses = tuple[Tensor, Tensor, Tensor]
 
 def is_small(call: Call) -> bool:
     """Return whether a call may be computed here; its tensors' values may still rule it out."""
-    student, targets, teacher, settings, _ = call
+    student, targets, whole, settings, _ = call
     rows, kept = targets.ids.shape
     return (
         settings.full
@@ -36,7 +36,7 @@ def is_small(call: Call) -> bool:
         and kept > 0
         and targets.weight is None
         and targets.probs.dim() == 2
-        and teacher.states is None
+        and whole.states is None
         and settings.reduction != "none"
         and settings.softcap is None
         and settings.logit_scale == 1.0
@@ -89,7 +89,7 @@ class _Computed(NamedTuple):
 
 
 def _losses(
-    z: Tensor, targets: SparseTargets, settings: LossSettings, needs_grad: bool
+    z: Tensor, targets: KernelTargets, settings: LossSettings, needs_grad: bool
 ) -> _Computed | None:
     """Return the losses of logits [N,V], which are not changed, and the gradient if needed."""
     tau, ids, labels = settings.temperature, targets.ids, targets.labels

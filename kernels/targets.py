@@ -82,11 +82,11 @@ def check_tensor(
 
 
 class LossSettings(NamedTuple):
-    """Settings of loss = ce_weight·CE + kd_weight·τ²·D for logits cap·tanh(logit_scale·z / cap)."""
+    """Settings of loss = ce_weight·CE + Σ_t kd_weight_t·τ²·D_t of cap·tanh(logit_scale·z / cap)."""
 
     temperature: float = 1.0
     ce_weight: float = 0.0
-    kd_weight: float = 1.0
+    kd_weights: Sequence[float] = (1.0,)  # of each of T teachers
     divergence: str = "forward_kl"
     tail: str = "bucket"
     ignore_index: int = -100
@@ -96,13 +96,12 @@ class LossSettings(NamedTuple):
     kept: int = 0  # candidates in use, for encoded targets
     planes: int = 0  # their number of id planes
     skew: float = SKEW  # α of skew_kl
-    shares: Sequence[float] = (1.0,)  # each of T teachers' share of kd_weight
     full: bool = False  # known: every slot lists an id, every label counts, tails are ≥ 0
 
     @property
     def kd_factors(self) -> list[float]:
         """Return each teacher's factor of D in the loss [T]."""
-        return [share * self.kd_weight * self.temperature**2 for share in self.shares]
+        return [weight * self.temperature**2 for weight in self.kd_weights]
 
     @property
     def of_divergence(self) -> dict[str, float]:
@@ -118,8 +117,8 @@ class LossSettings(NamedTuple):
         check_factors(
             temperature=self.temperature, logit_scale=self.logit_scale, softcap=self.softcap
         )
-        weights = [("ce_weight", self.ce_weight), ("kd_weight", self.kd_weight)]
-        for name, weight in weights + [("kd_weight", share) for share in self.shares]:
+        kd_weights = [("kd_weight", weight) for weight in self.kd_weights]
+        for name, weight in [("ce_weight", self.ce_weight), *kd_weights]:
             check_number(name, weight)
             if not math.isfinite(weight):
                 raise ValueError(f"{name} is {weight}; it must be finite")
@@ -133,10 +132,10 @@ class DecodedTargets(NamedTuple):
     tail: Tensor
 
 
-SparseRow = tuple[Tensor, Tensor, Tensor | None]  # one teacher's ids, probabilities and tail
+SparseTriple = tuple[Tensor, Tensor, Tensor | None]  # one teacher's ids, probabilities and tail
 
 
-class SparseTargets(NamedTuple):
+class KernelTargets(NamedTuple):
     """Targets of N rows; ids are int64 with -1 as padding.
 
     If encoded (`encoded.EncodedTargets.packed`), for the Triton kernels only: ids are int16, probs
@@ -151,11 +150,11 @@ class SparseTargets(NamedTuple):
     weight: Tensor | None = None  # [N]
     high: Tensor | None = None  # [N,Q]
 
-    def take(self, rows: Tensor | slice) -> "SparseTargets":
+    def take(self, rows: Tensor | slice) -> "KernelTargets":
         """Return the same targets for some rows."""
         if isinstance(rows, slice) and rows == slice(0, len(self.ids)):
             return self
-        return SparseTargets(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
+        return KernelTargets(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
 
     def active(self) -> Tensor:
         """Return [N] bool: rows that count at all (weight ≠ 0)."""
@@ -171,7 +170,7 @@ class SparseTargets(NamedTuple):
 
 
 def target_masses(
-    targets: SparseTargets, tail: str, dtype: torch.dtype, is_full: bool = False
+    targets: KernelTargets, tail: str, dtype: torch.dtype, is_full: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Return the target as probabilities over k + 1 outcomes: the listed ids and, last, the rest.
 
@@ -198,7 +197,7 @@ def target_masses(
 
 
 def loss_scales(
-    targets: SparseTargets, settings: LossSettings, dtype: torch.dtype
+    targets: KernelTargets, settings: LossSettings, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return each row's factors of CE and D in the *reported* ce and kd, [N] each.
 
@@ -226,7 +225,7 @@ def loss_scales(
     return ce, kd
 
 
-def merge_rows(teachers: Sequence[SparseRow], weights: Tensor) -> DecodedTargets:
+def merge_rows(teachers: Sequence[SparseTriple], weights: Tensor) -> DecodedTargets:
     """Return Σ_t weights[:, t]·teacher_t over the union of ids; `losses.merge_targets` has the
     rule. Never invents a probability that no teacher stored.
 
@@ -246,7 +245,7 @@ def merge_rows(teachers: Sequence[SparseRow], weights: Tensor) -> DecodedTargets
     return DecodedTargets(*_sum_duplicates(torch.cat(all_ids, 1), torch.cat(all_probs, 1)), tail)
 
 
-def union_rows(teachers: Sequence[SparseTargets]) -> SparseTargets:
+def union_rows(teachers: Sequence[KernelTargets]) -> KernelTargets:
     """Return the targets of T teachers over the union of their ids [N,ΣK], with each one's
     probabilities and tail, and the first one's labels and weights.
 
@@ -267,7 +266,7 @@ def union_rows(teachers: Sequence[SparseTargets]) -> SparseTargets:
     ]
     probs_by_teacher = probs_by_teacher.view(rows, len(teachers), size)
     labels, weight = teachers[0].labels, teachers[0].weight
-    return SparseTargets(distinct, probs_by_teacher, torch.stack(tails, 1), labels, weight)
+    return KernelTargets(distinct, probs_by_teacher, torch.stack(tails, 1), labels, weight)
 
 
 def _distinct(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

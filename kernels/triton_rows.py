@@ -15,7 +15,7 @@ from rekindle.kernels.closed_form import logit
 from rekindle.kernels.divergences import DIVERGENCES
 from rekindle.kernels.row_kernel import row_kernel
 from rekindle.kernels.row_shapes import COMPILED, machine_of, shape_of
-from rekindle.kernels.targets import TAILS, LossSettings, SparseTargets
+from rekindle.kernels.targets import TAILS, KernelTargets, LossSettings
 
 
 class RowKernel:
@@ -28,13 +28,13 @@ class RowKernel:
 
     def __init__(
         self,
-        targets: SparseTargets,
+        targets: KernelTargets,
         settings: LossSettings,
         gradient: bool,
         upstream: Tensor | None = None,
         lift: float = 1.0,
     ):
-        self.targets = SparseTargets(*(None if t is None else t.contiguous() for t in targets))  # type: ignore[arg-type]
+        self.targets = KernelTargets(*(None if t is None else t.contiguous() for t in targets))  # type: ignore[arg-type]
         self.settings, self.gradient = settings, gradient
         self.rows, self.kept = targets.ids.shape
         self.factors = tuple(settings.kd_factors)

@@ -29,9 +29,9 @@ from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.interpolation import parabola
 from rekindle.data.views.registry import view_kind
 from rekindle.kernels.blocks import row_blocks
-from rekindle.kernels.checks import LossTargets
+from rekindle.kernels.checks import TargetObjects
 from rekindle.kernels.encoded import EncodedTargets, decode
-from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks, WholeTeacher
+from rekindle.kernels.hidden import DenseTargets, HiddenTargets, LogProbBlocks, WholeLogits
 from rekindle.kernels.interpolation import odds_at
 from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.model.passes import note_padding
@@ -120,7 +120,7 @@ def _inputs_with_ids(batch: Batch, input_ids: NDArray, device: torch.device) -> 
 
 def kd_targets(
     batch: TokenTargetBatch, temperature: float, k: int | None, device: torch.device
-) -> LossTargets:
+) -> TargetObjects:
     """Return what the loss takes: stored values unchanged; decoded for samples and precise codes.
 
     From hidden states the loss forms the logits itself, in bounded blocks; only their top ``k`` is
@@ -155,7 +155,7 @@ ENCODED = ("ids", "ids_high", "values", "log_prob_max", "log_prob_min", "tail_lo
 
 def _encoded_targets(
     batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device
-) -> LossTargets:
+) -> TargetObjects:
     slots = batch.kind.slots(tau, k, batch.between)
     columns = dict(batch.columns)
     columns["tail_log_odds"] = columns["tail_log_odds"][:, slots[0]]
@@ -175,7 +175,7 @@ def _encoded_targets(
 
 def _drawn_targets(
     batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device
-) -> LossTargets:
+) -> TargetObjects:
     """Return relative frequencies; −1 where fewer ids than draws were drawn, cut to the
     widest row.
     """
@@ -189,20 +189,20 @@ def _drawn_targets(
 
 def _dense_targets(
     batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device
-) -> LossTargets:
+) -> TargetObjects:
     return DenseTargets(send(batch.columns["log_probs"], device))
 
 
 def _hidden_targets(
     batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device
-) -> LossTargets:
+) -> TargetObjects:
     assert batch.head is not None
     states, scale = (send(batch.columns[name], device) for name in ("hidden", "hidden_scale"))
     return HiddenTargets(states, scale, *_head_on(batch.head, device))
 
 
 LOSS_TARGETS: dict[
-    str, Callable[[TokenTargetBatch, float, int | None, torch.device], LossTargets]
+    str, Callable[[TokenTargetBatch, float, int | None, torch.device], TargetObjects]
 ] = {
     "topk": _encoded_targets,
     "threshold": _encoded_targets,
@@ -230,7 +230,7 @@ def _decoded(
     """Return ids and probabilities [P,V], or the top k and the rest, in bounded blocks."""
     device = targets[0].device
     rows = torch.arange(len(targets[0]), device=device)
-    teacher = TeacherBlocks(WholeTeacher.of(targets), torch.float32, torch.float32)
+    teacher = LogProbBlocks(WholeLogits.of(targets), torch.float32, torch.float32)
     if k is None or k >= size:
         probs = teacher.log_probs(rows, temperature).exp_()
         ids = torch.arange(size, device=device).expand_as(probs)

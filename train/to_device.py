@@ -21,7 +21,7 @@ from rekindle.data.batch import (
 )
 from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.kernels.checks import LossTargets
+from rekindle.kernels.checks import TargetObjects
 from rekindle.kernels.hidden import DenseTargets
 from rekindle.train.device_batch import (
     CLEAN_TEXT,
@@ -44,7 +44,7 @@ class DeviceTargets:
 
     info: TeacherInfo
     targets: (
-        LossTargets  # for ``target_ids`` of kd_loss and linear_kd_loss, as the cache stores them
+        TargetObjects  # for ``target_ids`` of kd_loss and linear_kd_loss, as the cache stores them
     )
     temperature: float  # the one that the losses must use
     select: Tensor  # [P] the student's rows: flat indices into [B·S]

@@ -345,7 +345,7 @@ def _check_room(store: Store, change: Change) -> None:
         commits = ShardSet(store, info.folder).committed()
         needed += commits.bytes
         if change.to == "default":
-            positions = int(commits.counts("positions").sum())
+            positions = int(commits.count_facts("positions").sum())
             new = info.model_copy(update={"codec": "default"})
             needed += positions * kind_of(new).bytes_per_position - commits.bytes
     free_bytes = store.free_bytes

@@ -325,7 +325,7 @@ def forms_of(config: CorpusConfig, tokenizer: Tokenizer) -> dict[str, Form]:
     if WRITTEN in config.contents:
         forms[WRITTEN] = WrittenDialogues()
     if "tokens" in config.contents:
-        forms["tokens"] = TokenRows(tokenizer.size, tokenizer.holes)
+        forms["tokens"] = TokenRows(tokenizer.size, tokenizer.gaps)
     if "chat" in config.contents:
         names = [token.content for token in special_tokens(tokenizer.encoder.backend).values()]
         as_tokens = config.special_tokens == "token"
@@ -373,12 +373,12 @@ def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
     """Return what a cache records of the tokenizer."""
     names = TokenizerFacts.__required_keys__
     facts: dict[str, object] = {name: getattr(tokenizer, name) for name in sorted(names)}
-    if tokenizer.holes:
-        facts["holes"] = [list(gap) for gap in tokenizer.holes]
+    if tokenizer.gaps:
+        facts["holes"] = [list(gap) for gap in tokenizer.gaps]
     return cast("TokenizerFacts", facts | {"special_ids": sorted(tokenizer.special_ids)})
 
 
-def hole_ids(facts: TokenizerFacts) -> NDArray[np.int32]:
+def gap_ids(facts: TokenizerFacts) -> NDArray[np.int32]:
     """Return the ids below ``size`` that are not tokens, ascending."""
     gaps = [np.arange(first, past, dtype=np.int32) for first, past in facts.get("holes", [])]
     return np.concatenate([np.zeros(0, np.int32), *gaps])
@@ -387,7 +387,7 @@ def hole_ids(facts: TokenizerFacts) -> NDArray[np.int32]:
 def content_ids(facts: TokenizerFacts) -> NDArray[np.int32]:
     """Return the ids of all tokens that are not special, ascending; random tokens are these."""
     ids = np.setdiff1d(np.arange(facts["size"]), facts["special_ids"]).astype(np.int32)
-    return np.setdiff1d(ids, hole_ids(facts)) if "holes" in facts else ids
+    return np.setdiff1d(ids, gap_ids(facts)) if "holes" in facts else ids
 
 
 def are_tokens(ids: NDArray[np.int32], facts: TokenizerFacts) -> bool:
@@ -395,4 +395,4 @@ def are_tokens(ids: NDArray[np.int32], facts: TokenizerFacts) -> bool:
     if not len(ids):
         return True
     in_range = bool(ids.min() >= 0 and ids.max() < facts["size"])
-    return in_range and not ("holes" in facts and np.isin(ids, hole_ids(facts)).any())
+    return in_range and not ("holes" in facts and np.isin(ids, gap_ids(facts)).any())

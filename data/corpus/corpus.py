@@ -49,7 +49,7 @@ from rekindle.data.corpus.config import (
     within_documents,
 )
 from rekindle.data.corpus.in_order import InOrder, in_threads
-from rekindle.data.corpus.making import Maker, Making
+from rekindle.data.corpus.making import CorpusStream, PartMaker
 from rekindle.data.corpus.packing import Position, packing_of
 from rekindle.data.corpus.rows import PIECE_SEPARATOR, Rows, in_chunks
 from rekindle.data.corpus.special_names import special_names
@@ -68,7 +68,7 @@ from rekindle.data.storage.commits import Commits, ShardCommits
 from rekindle.data.storage.cuts import Flat, Place, RowReader
 from rekindle.data.storage.manifest import raise_version
 from rekindle.data.storage.seal import REPAIR
-from rekindle.data.storage.shards import ROWS_PER_BATCH, Shard, ShardSet, describe
+from rekindle.data.storage.shards import ROWS_PER_BATCH, Shard, ShardSet, shard_schema
 from rekindle.data.storage.units import unit_of
 
 
@@ -89,15 +89,15 @@ class Corpus(RowReader):
             )
         assert tokenizer is not None  # it is in the first description
         self.info: CorpusInfo = {"config": self.additions[-1].config, "tokenizer": tokenizer}
-        self.units = self.shards.committed()
-        self.commits = ShardCommits(self.units)
+        self.commits_by_unit = self.shards.committed()
+        self.commits = ShardCommits(self.commits_by_unit)
         first_missing = len(self.commits)
-        if first_missing < max(len(self.units), self.additions[-1].shards or 0):
+        if first_missing < max(len(self.commits_by_unit), self.additions[-1].shards or 0):
             raise CacheFormatError(
                 f"{store.location}/corpus lacks shard {first_missing}; run `pipeline "
                 "cache-teachers` to make it again"
             )
-        self._firsts = np.concatenate([[0], np.cumsum(self.units.rows)])
+        self._firsts = np.concatenate([[0], np.cumsum(self.commits_by_unit.rows)])
         self._open: dict[int, Shard] = {}
 
     def __len__(self) -> int:
@@ -111,12 +111,13 @@ class Corpus(RowReader):
     @property
     def tokens(self) -> int:
         """Return how many tokens all sequences have, special tokens included."""
-        return int(self.units.counts("tokens").sum())
+        return int(self.commits_by_unit.count_facts("tokens").sum())
 
     @property
     def trained_tokens(self) -> int:
         """Return how many tokens are trained."""
-        return int(self.units.counts(TRAINED_FACTS[0]).sum()) if self.has_trained else self.tokens
+        trained_fact = TRAINED_FACTS[0] if self.has_trained else "tokens"
+        return int(self.commits_by_unit.count_facts(trained_fact).sum())
 
     @property
     def documents(self) -> int:
@@ -130,7 +131,7 @@ class Corpus(RowReader):
     def domains(self) -> dict[str, int]:
         """Return the number of sequences per domain."""
         sequences: Counter[str] = Counter()
-        for shard, counts in enumerate(self.units.counts_by_name("domains")):
+        for shard, counts in enumerate(self.commits_by_unit.counts_by_name("domains")):
             if counts is None or {type(n) for n in counts.values()} - {int}:
                 raise CacheFormatError(
                     f"the commit record of {self.commits[shard].path} does not count its domains. "
@@ -156,13 +157,13 @@ class Corpus(RowReader):
 
     def fingerprint_of(self, shards: int) -> str:
         """Return the identity of the first shards only: of the corpus before it grew."""
-        return self.units.fingerprint(shards)
+        return self.commits_by_unit.fingerprint(shards)
 
     @property
     def fingerprints_before(self) -> Iterator[str]:
         """Yield the identity of every earlier state of the corpus: of its first shards."""
         state = hashlib.sha256()
-        for digest in self.units.sha256s[:-1]:
+        for digest in self.commits_by_unit.sha256s[:-1]:
             state.update(digest.encode())
             yield state.copy().hexdigest()
 
@@ -306,7 +307,7 @@ def build_corpus(
     # A new addition only once it has text: a mistake in the source must not claim the cache.
     claim_once = cache(partial(_describe, store, additions, tokenizer))
     for number, addition in enumerate(additions):
-        count = max(committed.contiguous, addition.first_shard)
+        count = max(committed.leading_shards, addition.first_shard)
         if addition.shards is not None and count >= addition.shards:
             continue
         later_additions = additions[number + 1 :]
@@ -323,11 +324,11 @@ def build_corpus(
                 continue
             claim_once()
             about = shard_metadata(shard, addition, info["tokenizer"])
-            schema = describe(fields_of(addition.config), about)
+            schema = shard_schema(fields_of(addition.config), about)
             batches = record_batches(rows, schema)
             commit = shards.write(unit_of(shard), schema, batches, facts_of(rows, name_count))
             committed.add(commit)
-            progress(len(rows), commit.count("tokens"))
+            progress(len(rows), commit.count_fact("tokens"))
         if not count and not later_additions:
             raise empty_corpus_error(config, left_out)
         claim_once()
@@ -347,7 +348,7 @@ def _describe(store: Store, additions: Sequence[Addition], tokenizer: Tokenizer)
 
 def _corpus_size(store: Store, committed: Commits) -> tuple[int, int]:
     """Return the shards and sequences after which a corpus may grow."""
-    count = committed.contiguous
+    count = committed.leading_shards
     if count < len(committed):
         raise CacheMismatchError(
             f"{store.location}/corpus lacks shard {count}: run `pipeline cache-teachers` with the "
@@ -371,13 +372,13 @@ def _make_missing_shards(
 
     ``end_sequence``: how many sequences the corpus has at the addition's end.
     """
-    shard = max(committed.contiguous, addition.first_shard)
+    shard = max(committed.leading_shards, addition.first_shard)
     start = Position(*committed[unit_of(shard - 1)].facts["next"]) if shard else Position(0, 0)
     config = addition.config
     names = (config["text_field"], config["domain_field"], config.get("pair_field"))
     fields = Fields(*names, forms, config.get("group_field"))
     length = config["sequence_length"]
-    maker = Maker(
+    maker = PartMaker(
         Reader(fields, left_out.skips_bad, left_out.held_texts),
         tokenizer.encoder,
         special_names(tokenizer),
@@ -385,15 +386,15 @@ def _make_missing_shards(
         length,
         given_encoder(tokenizer, forms) if config.get("trained") else None,
     )
-    making = Making(origins_of(source), maker, left_out, in_order, start)
+    stream = CorpusStream(origins_of(source), maker, left_out, in_order, start)
     remaining = None
     if end_sequence is not None:
         remaining = end_sequence - int(committed.rows[:shard].sum())
         if not remaining:
             if left_out.skips_bad or left_out.held_texts:
-                making.read_on()
+                stream.read_on()
             return
-    for rows in in_chunks(making.rows(), config["sequences_per_shard"], remaining):
+    for rows in in_chunks(stream.rows(), config["sequences_per_shard"], remaining):
         end = Position(*rows.ends[-1].tolist())
-        yield shard, rows, making.holders.count(start, end)
+        yield shard, rows, stream.holders.count(start, end)
         shard, start = shard + 1, end

@@ -30,7 +30,7 @@ from rekindle.data.source.sources import Origin
 
 
 @dataclass(frozen=True)
-class Made:
+class PartResult:
     """The result of a part: its number of documents, the ``holders`` among them of names of special
     tokens; their sequences, or their tokens if sequences cross documents.
     """
@@ -45,7 +45,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Maker:
+class PartMaker:
     """Makes parts into sequences or tokens. ``packing``: how; ``length``: of a pair."""
 
     reader: Reader
@@ -55,7 +55,7 @@ class Maker:
     length: int
     given_encoder: GivenEncoder | None = None
 
-    def __call__(self, part: Part) -> Made:
+    def __call__(self, part: Part) -> PartResult:
         """Return the part read, tokenised, and packed as far as no other part is needed."""
         read = self.reader(part)
         documents = read.documents
@@ -69,7 +69,7 @@ class Maker:
                 if part.content != "text":  # given tokens are complete
                     packing = Packing(self.length, (), (), (), (), one_document=True)
                 made = rows_of_texts(made, 0, packing, last=True)[0]
-        return Made(
+        return PartResult(
             len(documents),
             read.left_out,
             read.with_text,
@@ -103,20 +103,20 @@ class _Counter:
 
     reader: Reader
 
-    def __call__(self, part: Part) -> Made:
+    def __call__(self, part: Part) -> PartResult:
         read = self.reader(part)
         outcome = read.with_text, read.reached, read.error
-        return Made(len(read.documents), read.left_out, *outcome)
+        return PartResult(len(read.documents), read.left_out, *outcome)
 
 
 @dataclass
-class Making:
+class CorpusStream:
     """The sequences of ``origins`` from a position on, made by ``maker`` through ``in_order``. Also
     counts what was left out, and the holders of names.
     """
 
     origins: Sequence[Origin]
-    maker: Maker
+    maker: PartMaker
     left_out: LeftOut
     in_order: InOrder
     start: Position = BEGINNING
@@ -185,7 +185,7 @@ class Making:
                     raise made.error
         return chain(pending, parts)
 
-    def _count(self, made: Made) -> None:
+    def _count(self, made: PartResult) -> None:
         self.left_out.extend(made.left_out)
         self._with_text |= made.with_text
         self._log_empty_until(made.reached)
@@ -198,7 +198,7 @@ class Making:
         self._checked_origins = max(self._checked_origins, end)
 
 
-def _identity(do: Callable[[Part], Made]) -> Callable[[Part], Made]:
+def _identity(do: Callable[[Part], PartResult]) -> Callable[[Part], PartResult]:
     return do
 
 

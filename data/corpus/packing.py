@@ -110,15 +110,15 @@ def document_separators(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[in
 class Plan(NamedTuple):
     """R sequences, of P pieces in all, which take the tokens of consecutive documents.
 
-    document, tokens [P]: the document of a piece, and its number of tokens; before, after [P] bool:
-    whether ``between`` comes before it, and ``end`` after it. pieces [R]: the number of pieces of
-    each sequence; ends [R,2]: the Position after each.
+    document_of_piece, piece_lengths [P]: a piece's document, and its number of tokens; has_between,
+    has_end [P] bool: whether ``between`` comes before it, and ``end`` after it. pieces [R]: the
+    number of pieces of each sequence; ends [R,2]: the Position after each.
     """
 
-    document: Ints
-    tokens: Ints
-    before: NDArray[np.bool_]
-    after: NDArray[np.bool_]
+    document_of_piece: Ints
+    piece_lengths: Ints
+    has_between: NDArray[np.bool_]
+    has_end: NDArray[np.bool_]
     pieces: Ints
     ends: Ints
 

@@ -31,7 +31,7 @@ def special_names(corpus: Corpus) -> int:
     """Return how many documents have the name of a special token in their text, as far as counted:
     versions before format 3 did not count.
     """
-    return int(np.nansum(corpus.units.numbers("special_names")))
+    return int(np.nansum(corpus.commits_by_unit.number_facts("special_names")))
 
 
 _COMPARED_KEYS = ("sequence_length", "packing", "text_field", "pair_field", "limit_sequences")
@@ -59,7 +59,7 @@ def _pair_remarks(corpus: Corpus) -> list[str]:
     if not corpus.has_pairs:
         return []
     fields = f"{config['text_field']} and {config['pair_field']}"
-    pairs, tokens = (int(corpus.units.counts(name).sum()) for name in CUT_FACTS)
+    pairs, tokens = (int(corpus.commits_by_unit.count_facts(name).sum()) for name in CUT_FACTS)
     cut = f"; {counted(pairs, 'pair')} cut, the longer text first: {counted(tokens, 'token')} lost"
     return [f"each sequence is a pair of texts: {fields}{cut if pairs else ''}"]
 
@@ -68,7 +68,9 @@ def _training_remarks(corpus: Corpus) -> list[str]:
     """Return what of it is trained, if not everything."""
     if not corpus.has_trained:
         return []
-    trained, left_out, cut, lost = (int(corpus.units.counts(name).sum()) for name in TRAINED_FACTS)
+    trained, left_out, cut, lost = (
+        int(corpus.commits_by_unit.count_facts(name).sum()) for name in TRAINED_FACTS
+    )
     share = trained / max(corpus.tokens, 1)
     lines = [f"trained: {counted(trained, 'token')}, {share:.1%} of all"]
     if left_out:

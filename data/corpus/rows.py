@@ -2,8 +2,7 @@
 
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -54,7 +53,7 @@ class EncodedDocuments:
 
 
 def _from_columns(
-    columns: Many[Many[str]], tokens: Encoded, lengths: Ints, marks: Marks | None
+    columns: Sequence[Sequence[str]], tokens: Encoded, lengths: Ints, marks: Marks | None
 ) -> EncodedDocuments:
     documents = [*map(Document._make, zip(*columns, strict=True))]
     return EncodedDocuments(documents, tokens, lengths, marks)
@@ -75,7 +74,7 @@ class Rows:
     the identity of each, 128 bits over its token ids and its text (and what is trained, if not all
     is), as 32 hex digits. lost [R]: tokens cut from pairs and dialogues. ends [R,2]: the Position
     after each. trained [L] bool: what is learnt; None: all. untrained [R]: how many sequences
-    without a trained token were left out before each (and after the last one).
+    without a trained token were left out before each; the last one's includes those after it.
     """
 
     lengths: Ints
@@ -101,13 +100,13 @@ class Rows:
         return len(self.lengths)
 
     @cached_property
-    def _firsts(self) -> tuple[Ints, Ints]:
+    def _row_offsets(self) -> tuple[Ints, Ints]:
         return sums_before(self.lengths), sums_before(self.pieces)
 
     def part(self, first: int, last: int) -> "Rows":
         """Return some of the sequences."""
         row = slice(first, last)
-        token, piece = (slice(firsts[first], firsts[last]) for firsts in self._firsts)
+        token, piece = (slice(offsets[first], offsets[last]) for offsets in self._row_offsets)
         types = self.token_types
         return Rows(
             lengths=self.lengths[row],
@@ -138,7 +137,7 @@ class Rows:
         return Rows.concatenate([self.part(a, b) for a, b in edges.reshape(-1, 2).tolist()])
 
     def after(self, start: Position) -> "Rows":
-        """Return those after a position; ValueError if none ends at one inside a document."""
+        """Return those after ``start``; ValueError if it is inside a document and ends none."""
         ends = [Position(*end) for end in self.ends.tolist()]
         first = bisect_right(ends, start)
         if start.token and ends[first - 1 : first] != [start]:
@@ -146,11 +145,11 @@ class Rows:
         return self.part(first, len(self))
 
     def shifted_by(self, documents: int) -> "Rows":
-        """Return the same after that many other documents."""
+        """Return these with that many documents before them: ``ends`` is shifted."""
         return replace(self, ends=self.ends + np.array([documents, 0]))
 
     @staticmethod
-    def concatenate(parts: "Many[Rows]") -> "Rows":
+    def concatenate(parts: "Sequence[Rows]") -> "Rows":
         """Return those of several, concatenated."""
         if len(parts) == 1:
             return parts[0]
@@ -207,61 +206,62 @@ def rows_of_texts(
     them; unless it is the ``last`` batch, without those that have room left.
     """
     planned = plan(batch.lengths.tolist(), token, packing, last)
-    document, tokens, before, after, pieces, ends = planned
-    P, R, C = len(tokens), len(pieces), int(tokens.sum())
-    widths = tokens + len(packing.between) * before + len(packing.end) * after
+    document_of_piece, piece_lengths, has_between, has_end, pieces, ends = planned
+    P, R, C = len(piece_lengths), len(pieces), int(piece_lengths.sum())
+    widths = piece_lengths + len(packing.between) * has_between + len(packing.end) * has_end
     affixes = len(packing.prefix) + len(packing.suffix)
-    row_of, firsts = np.repeat(np.arange(R), pieces), sums_before(pieces)
+    row_of, first_piece = np.repeat(np.arange(R), pieces), sums_before(pieces)
     width_sums = sums_before(widths)
-    row_starts = width_sums[firsts] + affixes * np.arange(R + 1)  # [R+1] of each sequence
-    before_piece = len(packing.prefix) + len(packing.between) * before
-    piece_starts = width_sums[:-1] + affixes * row_of + before_piece  # [P]
+    row_starts = width_sums[first_piece] + affixes * np.arange(R + 1)  # [R+1] of each sequence
+    leading_width = len(packing.prefix) + len(packing.between) * has_between
+    piece_starts = width_sums[:-1] + affixes * row_of + leading_width  # [P]
     # Tokens are taken in order, so all that is needed is where each one goes.
     token_numbers = np.arange(C)
-    source = slice(token, token + C)
-    targets = token_numbers + np.repeat(piece_starts - sums_before(tokens)[:-1], tokens)
-    ids, starts, text_ends, is_word_start = batch.tokens.part(source)
+    taken_tokens = slice(token, token + C)
+    first_token = sums_before(piece_lengths)
+    destinations = token_numbers + np.repeat(piece_starts - first_token[:-1], piece_lengths)
+    ids, starts, text_ends, is_word_start = batch.tokens.part(taken_tokens)
     input_ids = np.empty(row_starts[-1], np.int32)
     char_starts = np.full(row_starts[-1], -1, np.int32)
     word_starts = np.zeros(row_starts[-1], np.bool_)
-    input_ids[targets], word_starts[targets] = ids, is_word_start
+    input_ids[destinations], word_starts[destinations] = ids, is_word_start
     for number, special in enumerate(packing.prefix):
         input_ids[row_starts[:-1] + number] = special
     for number, special in enumerate(reversed(packing.suffix), start=1):
         input_ids[row_starts[1:] - number] = special
-    for special in packing.between:
-        input_ids[piece_starts[before] - 1] = special
+    for special in packing.between:  # one token or none
+        input_ids[piece_starts[has_between] - 1] = special
     for special in packing.end:
-        input_ids[(piece_starts + tokens)[after]] = special
-    first_token = sums_before(tokens)
+        input_ids[(piece_starts + piece_lengths)[has_end]] = special
     spans = np.zeros((P, 2), np.int64)
     spans[:, 0], spans[:, 1] = starts[first_token[:-1]], text_ends[first_token[1:] - 1]
     characters = sums_before(spans[:, 1] - spans[:, 0] + len(PIECE_SEPARATOR))
-    shifts = characters[:-1] - np.repeat(characters[firsts[:-1]], pieces) - spans[:, 0]
-    char_starts[targets] = starts + np.repeat(shifts, tokens).astype(np.int32)
+    shifts = characters[:-1] - np.repeat(characters[first_piece[:-1]], pieces) - spans[:, 0]
+    char_starts[destinations] = starts + np.repeat(shifts, piece_lengths).astype(np.int32)
     documents = batch.documents
-    cuts = zip(document.tolist(), *spans.T.tolist(), strict=True)
+    cuts = zip(document_of_piece.tolist(), *spans.T.tolist(), strict=True)
     parts = [documents[number].text[begin:end] for number, begin, end in cuts]
-    bounds = firsts.tolist()
+    bounds = first_piece.tolist()
     texts = [parts[a] if b - a == 1 else join_texts(parts[a:b]) for a, b in pairwise(bounds)]
-    leading = document[firsts[:-1]].tolist()
+    leading = document_of_piece[first_piece[:-1]].tolist()
     trained, lost = None, np.zeros(R, np.int64)
     if (marks := batch.marks) is not None:
-        special_places = targets[marks.special[source]]
+        special_places = destinations[marks.special[taken_tokens]]
         char_starts[special_places], word_starts[special_places] = -1, False
         lost = marks.lost[leading]
         # What stands beside a document is trained if its own text is.
         trained = np.zeros(row_starts[-1], np.bool_)
-        document_trained = marks.trained_beside[document]
-        trained[targets] = marks.trained[source]
+        document_trained = marks.trained_beside[document_of_piece]
+        trained[destinations] = marks.trained[taken_tokens]
         for place in range(len(packing.prefix)):
-            trained[row_starts[:-1] + place] = document_trained[firsts[:-1]]
+            trained[row_starts[:-1] + place] = document_trained[first_piece[:-1]]
         for place in range(1, len(packing.suffix) + 1):
-            trained[row_starts[1:] - place] = document_trained[firsts[1:] - 1]
+            trained[row_starts[1:] - place] = document_trained[first_piece[1:] - 1]
         for _ in packing.between:
-            trained[piece_starts[before] - 1] = document_trained[np.flatnonzero(before) - 1]
+            preceding_pieces = np.flatnonzero(has_between) - 1
+            trained[piece_starts[has_between] - 1] = document_trained[preceding_pieces]
         for _ in packing.end:
-            trained[(piece_starts + tokens)[after]] = document_trained[after]
+            trained[(piece_starts + piece_lengths)[has_end]] = document_trained[has_end]
     rows = _make_rows(
         lengths=np.diff(row_starts),
         input_ids=input_ids,
@@ -271,7 +271,7 @@ def rows_of_texts(
         pieces=pieces,
         document_starts=(piece_starts - row_starts[row_of]).astype(np.int32),
         documents=[documents[number] for number in leading],
-        spans=spans[firsts[:-1]],
+        spans=spans[first_piece[:-1]],
         texts=texts,
         lost=lost,
         ends=ends,
@@ -280,7 +280,7 @@ def rows_of_texts(
     return rows, Position(*ends[-1].tolist()) if R else Position(0, token)
 
 
-def join_texts(parts: Many[str]) -> str:
+def join_texts(parts: Sequence[str]) -> str:
     """Return the joined texts of pieces; "" if these are tokens without a text."""
     return PIECE_SEPARATOR.join(parts) if any(parts) else ""
 
@@ -297,8 +297,8 @@ def rows_of_pairs(documents: list[Document], encoded: EncodedPairs) -> Rows:
     char_starts = np.full(len(content), -1, np.int32)
     word_starts = np.zeros(len(content), np.bool_)
     tokens, kept_lengths = encoded.texts.tokens, encoded.texts.lengths
-    firsts = [len(document.text) + len(PIECE_SEPARATOR) for document in documents]
-    shifts = np.array(firsts, np.int32).repeat(2)
+    second_text_starts = [len(document.text) + len(PIECE_SEPARATOR) for document in documents]
+    shifts = np.array(second_text_starts, np.int32).repeat(2)
     shifts[0::2] = 0
     char_starts[content] = tokens.starts + np.repeat(shifts, kept_lengths)
     word_starts[content] = tokens.word_starts

@@ -203,8 +203,8 @@ def estimate_sequences(config: CorpusConfig, tokenizer: Tokenizer) -> int | None
         sequences = len(planned.pieces)
         if packing.joins_rows:
             affixes = len(packing.prefix) + len(packing.suffix)
-            lengths = planned.tokens + affixes + len(packing.end) * planned.after
-            domains = [sample.documents[number].domain for number in planned.document]
+            lengths = planned.piece_lengths + affixes + len(packing.end) * planned.has_end
+            domains = [sample.documents[number].domain for number in planned.document_of_piece]
             sequences = len(next_fit(lengths.tolist(), config.sequence_length, domains))
     estimate = max(1, round(sequences / sample.share))
     return min(estimate, config.limit_sequences or estimate)

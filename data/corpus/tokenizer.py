@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Tokenizer:
     """A fast Hugging Face tokenizer and the facts we need about it.
 
-    size: one past the largest id, added tokens included: what a model's embedding needs. holes:
+    size: one past the largest id, added tokens included: what a model's embedding needs. gaps:
     (first, past the last) of each gap in the ids below; these are not tokens. digest: sha256 over
     the sorted (id, token) pairs, the identity of the vocabulary. special_ids: every special token,
     the unknown token included. prefix, suffix: what it puts around one text ([CLS] and [SEP]; only
@@ -40,7 +40,7 @@ class Tokenizer:
     hf: "PreTrainedTokenizerFast"
     name: str
     size: int
-    holes: tuple[tuple[int, int], ...]
+    gaps: tuple[tuple[int, int], ...]
     digest: str
     mask_id: int | None
     pad_id: int
@@ -123,7 +123,7 @@ def wrap_tokenizer(
         hf=hf,
         name=name,
         size=vocabulary[-1][0] + 1,
-        holes=_gaps([id for id, _ in vocabulary]),
+        gaps=_gaps([id for id, _ in vocabulary]),
         digest=hashlib.sha256(json.dumps(vocabulary, separators=(",", ":")).encode()).hexdigest(),
         mask_id=hf.mask_token_id,
         pad_id=0 if hf.pad_token_id is None else hf.pad_token_id,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.config import hole_ids
+from rekindle.data.corpus.config import gap_ids
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, naming
@@ -97,7 +97,7 @@ class TopKRows:
             if k < 1:
                 raise InputError("ids: a position has no candidates")
         facts, optional = corpus.info["tokenizer"], optional_of(row)
-        token_count = facts["size"] - len(hole_ids(facts))
+        token_count = facts["size"] - len(gap_ids(facts))
         temperature, further = temperature_of(row), tuple(further_tails(row))
         stored = tuple(sorted({temperature, *further}))
         target_fields = TopK.settings(k, stored, config.codec, facts["size"], None, token_count)
@@ -183,7 +183,7 @@ class TopKRows:
         if self.further:
             assert given_tail is not None
             facts = self.corpus.info["tokenizer"]
-            token_count = facts["size"] - len(hole_ids(facts))
+            token_count = facts["size"] - len(gap_ids(facts))
             further = further_odds(row, log_probs, given_tail, self.k, token_count, positions)
             odds |= dict(zip(self.further, further.T, strict=True))
         if self.temperature != 1.0:
@@ -260,7 +260,7 @@ class TopKRows:
                 f"{self.k} are kept of each. Give as many, or set k: {int(counts.min())}"
             )
         facts = self.corpus.info["tokenizer"]
-        unexpected = (ids < 0) | (ids >= facts["size"]) | np.isin(ids, hole_ids(facts))
+        unexpected = (ids < 0) | (ids >= facts["size"]) | np.isin(ids, gap_ids(facts))
         if (first := _first_true((unexpected & is_given).any(axis=1))) is not None:
             wrong_id = int(ids[first][unexpected[first] & is_given[first]][0])
             raise InputError(

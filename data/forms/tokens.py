@@ -15,12 +15,12 @@ _FIELDS = ("input_ids", "labels", "loss_mask")
 
 
 class TokenRows(NamedTuple):
-    """Reads rows of tokens; ids must lie below ``size`` and not in ``holes`` (first, past the
+    """Reads rows of tokens; ids must lie below ``size`` and not in ``gaps`` (first, past the
     last).
     """
 
     size: int
-    holes: tuple[tuple[int, int], ...]
+    gaps: tuple[tuple[int, int], ...]
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ class TokenRows(NamedTuple):
                 "no tokens", f"{where}: {problem}; it must be a list of ids, one or more"
             )
         is_known = (ids >= 0) & (ids < self.size)
-        for first, past in self.holes:
+        for first, past in self.gaps:
             is_known &= (ids < first) | (ids >= past)
         if not is_known.all():
             first = int(np.flatnonzero(~is_known)[0])

@@ -58,7 +58,7 @@ class Fields(NamedTuple):
     forms: Mapping[str, Form] | None = None
     group: str | None = None
 
-    def read(self, origin: Origin) -> list[str]:
+    def names_for(self, origin: Origin) -> list[str]:
         """Return the fields that are read of an origin, the text's first."""
         if origin.content == "text":
             return [*filter(None, (self.text, self.domain, self.pair, self.group)), "id"]
@@ -190,7 +190,7 @@ def document_blocks(
         for page in python_docs():
             yield Pages([Document(page.id, page.text, page.part)])
         return
-    yield from read_blocks(origin, fields.read(origin), size)
+    yield from read_blocks(origin, fields.names_for(origin), size)
 
 
 class Pages(NamedTuple):
@@ -220,17 +220,17 @@ def documents_of(
 def _document(record: Record, origin: Origin, fields: Fields) -> Document | BadRecord | None:
     """Return the document of a record; None if its text is blank, unless it belongs to a pair."""
     table = origin.format in TABLES
-    label = f"{origin.place}, {'row' if table else 'record'} {record.row}"
+    record_name = f"{origin.place}, {'row' if table else 'record'} {record.row}"
     columns_text = "the first line names its columns" if table else "it has"
     domain, group = (
-        None if name is None else _label(record, name, subject, label, columns_text)
+        None if name is None else _name_value(record, name, subject, record_name, columns_text)
         for subject, name in (("domain", fields.domain), ("group", fields.group))
     )
     if origin.content != "text":
-        return _document_of_content(record, origin, fields, (domain, group), label)
-    values = [_text(record, fields.text, "corpus.text_field", label, columns_text)]
+        return _document_of_content(record, origin, fields, (domain, group), record_name)
+    values = [_text(record, fields.text, "corpus.text_field", record_name, columns_text)]
     if fields.pair is not None:
-        values.append(_text(record, fields.pair, "corpus.pair_field", label, columns_text))
+        values.append(_text(record, fields.pair, "corpus.pair_field", record_name, columns_text))
     if bad_records := [found for found in (*values, domain, group) if isinstance(found, BadRecord)]:
         return bad_records[0]
     texts = [text for text in values if isinstance(text, str)]
@@ -239,11 +239,13 @@ def _document(record: Record, origin: Origin, fields: Fields) -> Document | BadR
         return None
     if any(blank):
         field = (fields.text, fields.pair)[blank.index(True)]
-        empty = f"{label}: the field {field!r} is empty; a pair (corpus.pair_field) has two texts"
+        empty = (
+            f"{record_name}: the field {field!r} is empty; a pair (corpus.pair_field) has two texts"
+        )
         return BadRecord("an empty text of a pair", empty)
     pair = texts[1] if len(texts) > 1 else None
     fields_of_document = (_document_id(record, origin), texts[0], domain, pair, None, group)
-    return _check_characters(Document(*fields_of_document), label)  # type: ignore[arg-type]
+    return _check_characters(Document(*fields_of_document), record_name)  # type: ignore[arg-type]
 
 
 def _document_of_content(
@@ -251,10 +253,10 @@ def _document_of_content(
     origin: Origin,
     fields: Fields,
     names: tuple[str | BadRecord | None, str | BadRecord | None],
-    label: str,
+    record_name: str,
 ) -> Document | BadRecord:
     """Return the document of a record that is not plain text."""
-    result = fields.form_of(origin)(record.values, origin.format in _COLUMNS, label)
+    result = fields.form_of(origin)(record.values, origin.format in _COLUMNS, record_name)
     if isinstance(result, BadRecord):
         return result
     domain, group = names
@@ -264,59 +266,62 @@ def _document_of_content(
         return group
     text, content = result
     fields_of_document = (_document_id(record, origin), text, domain, None, content, group)
-    return _check_characters(Document(*fields_of_document), label)
+    return _check_characters(Document(*fields_of_document), record_name)
 
 
-def _check_characters(document: Document, label: str) -> Document | BadRecord:
+def _check_characters(document: Document, record_name: str) -> Document | BadRecord:
     """Return the document, unless it contains half a character."""
     texts = (("text", text) for text in document.texts)
     names = (("domain", document.domain or ""), ("group", document.group or ""))
     for subject, value in (*texts, ("id", document.id), *names):
         if problem := surrogate_problem(subject, value):
-            return BadRecord("half a surrogate pair", f"{label}: {problem}")
+            return BadRecord("half a surrogate pair", f"{record_name}: {problem}")
     return document
 
 
 def _text(
-    record: Record, field: str, setting: str, label: str, columns_text: str
+    record: Record, field: str, setting: str, record_name: str, columns_text: str
 ) -> str | BadRecord:
     text = reach(record.values, field)
     if text is None or text is ABSENT:
-        return _missing(record, field, setting, label, columns_text)
+        return _missing(record, field, setting, record_name, columns_text)
     if not isinstance(text, str):
         return BadRecord(
             "text is no string",
-            f"{label}: the field {field!r} holds {show_value(text)}; the text must be a string",
+            f"{record_name}: the field {field!r} holds {show_value(text)}; the text must be a "
+            "string",
         )
     return text
 
 
-def _label(
-    record: Record, field: str, subject: str, label: str, columns_text: str
+def _name_value(
+    record: Record, field: str, subject: str, record_name: str, columns_text: str
 ) -> str | BadRecord:
     """Return a record's domain or group, whichever ``subject`` names."""
     value = reach(record.values, field)
     if value is None or value is ABSENT:
-        return _missing(record, field, f"corpus.{subject}_field", label, columns_text)
+        return _missing(record, field, f"corpus.{subject}_field", record_name, columns_text)
     if isinstance(value, _NOT_NAMES):
         return BadRecord(
             f"{subject} is no name",
-            f"{label}: the field {field!r} (corpus.{subject}_field) holds {show_value(value)}; "
-            f"a {subject} is a name or a number{_nested_fields(field, value)}",
+            f"{record_name}: the field {field!r} (corpus.{subject}_field) holds "
+            f"{show_value(value)}; a {subject} is a name or a number{_nested_fields(field, value)}",
         )
     return str(value)
 
 
-def _missing(record: Record, field: str, setting: str, label: str, columns_text: str) -> BadRecord:
+def _missing(
+    record: Record, field: str, setting: str, record_name: str, columns_text: str
+) -> BadRecord:
     known = {"corpus.domain_field": "no domain", "corpus.group_field": "no group"}
     kind = known.get(setting, "no text")
     if reach(record.values, field) is None:
-        return BadRecord(kind, f"{label}: the field {field!r} ({setting}) is null")
+        return BadRecord(kind, f"{record_name}: the field {field!r} ({setting}) is null")
     fields = list(record.values)
     found = ", ".join(map(str, fields)) or "no fields"
     suggestion = did_you_mean(field, map(str, fields))
     return BadRecord(
-        kind, f"{label}: no field {field!r} ({setting}); {columns_text}: {found}{suggestion}"
+        kind, f"{record_name}: no field {field!r} ({setting}); {columns_text}: {found}{suggestion}"
     )
 
 

@@ -67,7 +67,7 @@ class Commit:
             del body["rows_per_batch"]
         return (json.dumps(body | {SEAL: checksum(body)}, indent=1) + "\n").encode()
 
-    def count(self, fact: str) -> int:
+    def count_fact(self, fact: str) -> int:
         """Return a number from the facts; raise CacheFormatError without one."""
         number = self.facts.get(fact)
         if type(number) is not int or number < 0:
@@ -282,22 +282,22 @@ class Commits(Mapping[str, Commit]):
         found: list[str] = self.table["sha256"].to_pylist()
         return found
 
-    def fingerprint(self, units: int) -> str:
-        """Return the identity of the first ``units``' content: the sha256 over their digests."""
-        digests = self.table["sha256"].combine_chunks()[:units]
+    def fingerprint(self, first_units: int) -> str:
+        """Return the identity of the content of that many units: the sha256 over their digests."""
+        digests = self.table["sha256"].combine_chunks()[:first_units]
         _, offsets, content = digests.buffers()
         if not len(digests) or content is None:
             return hashlib.sha256().hexdigest()
         ends = np.frombuffer(offsets, np.int32)[digests.offset :]
         return hashlib.sha256(memoryview(content)[ends[0] : ends[len(digests)]]).hexdigest()
 
-    def counts(self, fact: str) -> NDArray[np.int64]:
+    def count_facts(self, fact: str) -> NDArray[np.int64]:
         """Return a number for each unit; raise CacheFormatError if one lacks it."""
         column = self._fact_column(INT, fact)
         invalid = np.flatnonzero(~(np.nan_to_num(float_values(column), nan=-1) >= 0))
         if len(invalid):
             # This raises, naming the record, unless only the roll-up is wrong.
-            self[self.table["unit"][int(invalid[0])].as_py()].count(fact)
+            self[self.table["unit"][int(invalid[0])].as_py()].count_fact(fact)
             raise CacheFormatError(f"the commit records do not say how many {fact} there are")
         return numpy_values(column, np.int64)
 
@@ -305,7 +305,7 @@ class Commits(Mapping[str, Commit]):
         """Return whether any unit has that fact."""
         return any(f"{kind}{fact}" in self.table.column_names for kind in (INT, FLOAT, JSON))
 
-    def numbers(self, fact: str) -> NDArray[np.float64]:
+    def number_facts(self, fact: str) -> NDArray[np.float64]:
         """Return a number for each unit; NaN where it is missing."""
         integers, floats = (float_values(self._fact_column(kind, fact)) for kind in (INT, FLOAT))
         return np.where(np.isnan(integers), floats, integers)
@@ -324,7 +324,7 @@ class Commits(Mapping[str, Commit]):
     # --- which units exist ------------------------------------------------------------------------
 
     @property
-    def contiguous(self) -> int:
+    def leading_shards(self) -> int:
         """How many shards there are, from shard 0 on, before the first one that is missing."""
         shards = shards_among(self.keys_in_order)
         gaps = np.flatnonzero(shards != np.arange(len(shards)))
@@ -378,11 +378,11 @@ class Commits(Mapping[str, Commit]):
 
 
 class ShardCommits(Sequence[Commit]):
-    """The records of a corpus's shards, by number."""
+    """The records of a corpus's shards, by shard number."""
 
     def __init__(self, commits: Commits):
-        self.units = commits
-        self._count = commits.contiguous
+        self.by_unit = commits
+        self._count = commits.leading_shards
 
     def __len__(self) -> int:
         return self._count
@@ -391,7 +391,7 @@ class ShardCommits(Sequence[Commit]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(self._count))]
         number = range(self._count)[index]
-        return self.units[unit_of(number)]
+        return self.by_unit[unit_of(number)]
 
 
 def first_difference(table: pa.Table, row: int, commit: Commit) -> str | None:

@@ -1,7 +1,8 @@
 """Sets of Arrow shards with commit records: how everything in a cache is written and trusted.
 
-A set is a folder with ``data/<unit>-<attempt>.arrow`` (Arrow IPC *file* format, never overwritten,
-not trusted by itself) and ``commits/<unit>.json``. The record is created exclusively after the data
+A unit is one shard, or one masking of it. A set is a folder with ``data/<unit>-<attempt>.arrow``
+(Arrow IPC *file* format, never overwritten, not trusted by itself) and ``commits/<unit>.json``. The
+record is created exclusively after the data
 is durable; its existence is the only proof that a unit is done. It contains the file's name, size,
 sha256 and an xxh3 checksum per region (the schema, each record batch, the footer), and a checksum
 of itself.
@@ -143,7 +144,7 @@ class ShardSet:
     def open(
         self,
         commit: Commit,
-        description: Mapping[str, object] | None = None,
+        about: Mapping[str, object] | None = None,
         fields: Sequence[pa.Field] | None = None,
         check_batch: Callable[[int, pa.RecordBatch], None] | None = None,
         direct: bool = False,
@@ -151,7 +152,7 @@ class ShardSet:
         """Return the committed shard, whose checksums are verified as its parts are used.
         ``direct``: read the store itself, not a local copy.
 
-        Raise CacheMismatchError if the shard's own description differs from ``description``,
+        Raise CacheMismatchError if the shard's own description differs from ``about``,
         CacheFormatError if its columns are not ``fields``. ``check_batch`` is called with the
         number and content of every record batch read; it raises if the owner cannot use the batch.
         """
@@ -163,12 +164,12 @@ class ShardSet:
             raise CacheFormatError(f"{describe_missing(self.store, name)}. {REPAIR}") from None
         shard = Shard(source, commit, check_batch)
         stored = shard.metadata
-        different = sorted(k for k, v in (description or {}).items() if stored.get(k) != v)
+        different = sorted(k for k, v in (about or {}).items() if stored.get(k) != v)
         if different:
             raise CacheMismatchError(
-                f"{shard.name} was not made for {self.folder} as it is now: its "
-                f"{', '.join(different)} differ. Shards cannot be exchanged, nor the descriptions "
-                "beside them edited"
+                f"{shard.name} describes itself differently from {self.folder} (in: "
+                f"{', '.join(different)}): it was copied from elsewhere, or a description in "
+                f"{self.folder} was edited"
             )
         if fields is not None and not shard.schema.equals(pa.schema(fields), check_metadata=False):
             raise CacheFormatError(
@@ -273,8 +274,8 @@ class Shard:
         self._reader = self._open()
         self._row_ranges = rows_in_batches(commit.rows, commit.rows_per_batch)
         # In format 1 the schema shared its region with the first batch.
-        self._first_region = len(commit.regions) - 1 - self.batch_count
-        if self._first_region not in (0, 1) or len(self._row_ranges) != self.batch_count:
+        self._first_batch_region = len(commit.regions) - 1 - self.batch_count
+        if self._first_batch_region not in (0, 1) or len(self._row_ranges) != self.batch_count:
             raise CacheFormatError(f"{self.name} has not the record batches that were committed")
 
     def _open(self, options: pa.ipc.IpcReadOptions | None = None) -> pa.RecordBatchFileReader:
@@ -311,10 +312,10 @@ class Shard:
         if batch is None:
             if index >= self.batch_count:
                 raise CacheFormatError(f"{self.name} has no record batch {index}: it lacks rows")
-            region = self._first_region + index
+            region_number = self._first_batch_region + index
             with self._read_lock:
-                self._check_region(region)
-                self._check_unpacked_size(index, region)
+                self._check_region(region_number)
+                self._check_unpacked_size(index, region_number)
                 batch = self._read_batch(self._reader, index)
             if self._check_batch is not None:
                 self._check_batch(index, batch)
@@ -350,7 +351,7 @@ class Shard:
             )
         return batch
 
-    def columns(self, names: list[str]) -> list[pa.RecordBatch]:
+    def read_unverified(self, names: list[str]) -> list[pa.RecordBatch]:
         """Return some columns of all record batches, NOT verified; the others' bytes are not read.
 
         For callers that compare the columns with their own checksum.
@@ -388,7 +389,7 @@ class Shard:
             self._checked.add(region)
 
 
-def describe(fields: list[pa.Field], metadata: Mapping[str, object]) -> pa.Schema:
+def shard_schema(fields: list[pa.Field], metadata: Mapping[str, object]) -> pa.Schema:
     """Return a schema whose metadata describes the shard, as JSON under the key ``rekindle``."""
     return pa.schema(fields, metadata={"rekindle": json.dumps(metadata, sort_keys=True)})
 

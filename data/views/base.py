@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.columns import Lists
 from rekindle.data.storage.seal import seal
-from rekindle.data.storage.shards import ShardSet, describe
+from rekindle.data.storage.shards import ShardSet, shard_schema
 from rekindle.data.storage.units import unit_of
 
 Lengths = NDArray[np.int64]
@@ -72,7 +72,7 @@ class StoredView(View):
             "tokenizer": corpus.info["tokenizer"]["digest"],
             **identity_facts,
         }
-        # before holes were known, random tokens could be holes
+        # before gaps were known, random ids could lie in them
         if "holes" in corpus.info["tokenizer"]:
             self.identity["holes"] = corpus.info["tokenizer"]["holes"]
         parts = json.dumps(self.identity, sort_keys=True).encode()
@@ -88,7 +88,7 @@ class StoredView(View):
         missing = self.shards.committed().missing_units(len(self.corpus.commits), numbers)
         for shard, replica in sorted(missing, key=lambda place: place[0]):
             metadata = unit_metadata(self.name, shard, replica) | self.identity
-            schema = describe(list(self.fields), metadata)
+            schema = shard_schema(list(self.fields), metadata)
             columns = self._columns(shard, replica)
             batches = (pa.record_batch(arrays, schema=schema) for arrays in columns)
             self.shards.write(self.unit(shard, replica), schema, batches)

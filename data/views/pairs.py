@@ -195,9 +195,10 @@ def count_sequences(
     """Return how many sequences (of ``domains``; None: all) are in the ``shards``, or in all."""
     numbers = np.arange(len(corpus.commits)) if shards is None else shards
     if domains is None:
-        return int(corpus.units.rows[numbers].sum())
+        return int(corpus.commits_by_unit.rows[numbers].sum())
     chosen = compress(
-        corpus.units.counts_by_name("domains"), np.isin(np.arange(len(corpus.commits)), numbers)
+        corpus.commits_by_unit.counts_by_name("domains"),
+        np.isin(np.arange(len(corpus.commits)), numbers),
     )
     return sum((counts or {}).get(name, 0) for counts in chosen for name in {*domains})
 

@@ -300,7 +300,7 @@ def _run_group(
 ) -> None:
     """Make the missing ``units``, in that order, of teachers that share their passes."""
     group = tuple(part for part, _ in to_make)
-    shard_rows = corpus.units.rows
+    shard_rows = corpus.commits_by_unit.rows
     rows = sum(int(shard_rows[unit.shard]) for _, missing in to_make for unit in missing)
     name = ", ".join(f"{part.info.name} {part.info.part}".strip() for part in group)
     if sum(map(bool, (missing for _, missing in to_make))) > 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rekindle.data.corpus.config import hole_ids
+from rekindle.data.corpus.config import gap_ids
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.shared_ids import unshared_ids
 from rekindle.data.corpus.tokenizer import load_tokenizer
@@ -72,7 +72,7 @@ def describe_served(config: TeacherConfig, corpus: Corpus, view: str) -> Teacher
     named_server = NamedServer.of(config)
     cached_info = _read_described(config, corpus)
     facts = corpus.info["tokenizer"]
-    tokens = facts["size"] - len(hole_ids(facts))
+    tokens = facts["size"] - len(gap_ids(facts))
     targets = config.targets
     settings = TopK.settings(targets.k, (1.0,), targets.codec, facts["size"], None, tokens)
     settings["estimator"] = {**settings["estimator"], "tail": "derived"}  # type: ignore[dict-item]

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rekindle.data.corpus.config import hole_ids
+from rekindle.data.corpus.config import gap_ids
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.shared_ids import differing_ids, unshared_ids
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
@@ -106,7 +106,7 @@ def count_shared_tokens(
             f"{len(unshared):,}",
         )
     facts = corpus.info["tokenizer"]
-    return facts["size"] - len(hole_ids(facts)) - len(unshared)
+    return facts["size"] - len(gap_ids(facts)) - len(unshared)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class TokenColumns:
         """Return the columns of a teacher with ``rows`` rows in its output matrix."""
         facts = corpus.info["tokenizer"]
         unshared = differing_ids(corpus.tokenizer, tokenizer, rows)
-        absent = np.union1d(hole_ids(facts), unshared).astype(np.int64)
+        absent = np.union1d(gap_ids(facts), unshared).astype(np.int64)
         foreign: list[int] = []
         if with_tail and tokenizer.digest != corpus.tokenizer.digest:
             teacher_only = tokenizer.tokens() - corpus.tokenizer.tokens()

@@ -81,7 +81,7 @@ def _corpus_facts(cache: Cache) -> dict[str, object]:
         "sequence_length": corpus.info["config"]["sequence_length"],
         "packing": corpus.info["config"]["packing"],
         "vocabulary": corpus.info["tokenizer"]["size"],
-        "bytes": corpus.units.bytes,
+        "bytes": corpus.commits_by_unit.bytes,
         "domains": corpus.domains,
         "views": {name: view.replicas for name, view in cache.views.items()},
         "complete": corpus.complete,
@@ -197,7 +197,7 @@ def _as_text(
     path: str, cache: Cache, readers: Sequence[TeacherReader], spreads: Sequence[Spreads]
 ) -> str:
     corpus = cache.corpus
-    config, size = corpus.info["config"], corpus.units.bytes
+    config, size = corpus.info["config"], corpus.commits_by_unit.bytes
     lines = [
         f"{path}: {counted(len(corpus), 'sequence')} (pieces of up to "
         f"{config['sequence_length']:,} tokens, {PACKING_TEXT[config['packing']]}), "

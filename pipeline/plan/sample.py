@@ -40,7 +40,7 @@ from rekindle.data.source.sources import Content
 from rekindle.data.storage.atomic import write_lines
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
-from rekindle.data.storage.shards import ROWS_PER_BATCH, ShardSet, describe
+from rekindle.data.storage.shards import ROWS_PER_BATCH, ShardSet, shard_schema
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.scale import Scale
@@ -113,7 +113,7 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
             few_note = " (few: the figures are rough)" if text_count < FEW_TEXTS else ""
             basis = f"scaled from {counted(text_count, 'text')} of the source{few_note}"
         if left_out_note := sample.left_out.describe(
-            last_document(reference.units, corpus.limit_sequences)
+            last_document(reference.commits_by_unit, corpus.limit_sequences)
         ):
             basis += f"; {'within these documents, ' * estimated}{left_out_note}"
     if cached is not None and not cached.commits:
@@ -232,7 +232,7 @@ def _build_probe_corpus(corpus: Corpus, store: Store) -> Corpus:
         part = rows.slice(start, size)
         if not len(part):
             break
-        schema = describe(fields, shard_metadata(count, addition, tokenizer))
+        schema = shard_schema(fields, shard_metadata(count, addition, tokenizer))
         written = part.cast(schema).combine_chunks().to_batches(max_chunksize=ROWS_PER_BATCH)
         shards.write(unit_of(count), schema, written, _facts(part))
         count, start = count + 1, start + size

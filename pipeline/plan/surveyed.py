@@ -64,7 +64,7 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
         survey = survey_corpus(config, Path(folder), scale)
         views = build_views(survey.probe_corpus, view_config, Progress.silent())
         views = replace(views, masked=_assumed_masks(config, survey, probe) or views.masked)
-        per_sequence = survey.reference.units.bytes / len(survey.reference)
+        per_sequence = survey.reference.commits_by_unit.bytes / len(survey.reference)
         corpus = CorpusPlan(
             source=config.corpus.places,
             sequences=survey.sequences,

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from rekindle.data.corpus.config import hole_ids
+from rekindle.data.corpus.config import gap_ids
 from rekindle.data.corpus.tokenizer_files import is_gguf
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.files import is_described, read_teacher
@@ -234,7 +234,7 @@ def _describe_without_model(
         cached = read_teacher(survey.cached.store, teacher.name)
         width = width or (cached.hidden_size or cached.dimensions or cached.num_labels)
     facts = survey.reference.info["tokenizer"]
-    tokens = facts["size"] - len(hole_ids(facts))
+    tokens = facts["size"] - len(gap_ids(facts))
     return TeacherInfo.model_validate(
         configured_fields(teacher, views, facts["size"], width, tokens)
     )

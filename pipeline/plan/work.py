@@ -92,10 +92,13 @@ def _missing_shards(
     corpus: Corpus, numbers: Sequence[int], domains: Sequence[str] | None
 ) -> Iterator[Shards]:
     """Yield the given shards of ``corpus``, grouped by number of rows."""
-    rows, tokens = corpus.units.rows, corpus.units.counts("tokens").astype(float)
+    rows, tokens = (
+        corpus.commits_by_unit.rows,
+        corpus.commits_by_unit.count_facts("tokens").astype(float),
+    )
     taught_tokens = tokens
     if domains is not None:
-        counted = enumerate(corpus.units.counts_by_name("domains"))
+        counted = enumerate(corpus.commits_by_unit.counts_by_name("domains"))
         shares = [share_of(domains, counts or {}, int(rows[shard])) for shard, counts in counted]
         taught_tokens = tokens * shares
     shard_numbers = np.array(numbers, np.int64)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.config import hole_ids
+from rekindle.data.corpus.config import gap_ids
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import InputError
 from rekindle.data.exchange.logprobs import GOLD_FIELDS, fields_of_prompt
@@ -30,7 +30,7 @@ class AnswerReader:
     def __init__(self, corpus: Corpus, info: TeacherInfo):
         self.corpus, self.info = corpus, info
         facts = corpus.info["tokenizer"]
-        self.size, self.holes = int(facts["size"]), {*hole_ids(facts).tolist()}
+        self.size, self.gap_ids = int(facts["size"]), {*gap_ids(facts).tolist()}
 
     def columns(
         self, entries: Any, tokens: NDArray[np.int32], positions: NDArray[np.int64]
@@ -56,11 +56,13 @@ class AnswerReader:
         for place, (ids, log_probs) in enumerate(
             zip(fields["ids"], fields["log_probs"], strict=True)
         ):
-            if max(ids) < self.size and not (self.holes and self.holes.intersection(ids)):
+            if max(ids) < self.size and not (self.gap_ids and self.gap_ids.intersection(ids)):
                 continue
-            in_vocabulary = [n for n, i in enumerate(ids) if i < self.size and i not in self.holes]
+            in_vocabulary = [
+                n for n, i in enumerate(ids) if i < self.size and i not in self.gap_ids
+            ]
             if len(in_vocabulary) < (self.info.k or 0):
-                foreign = next(i for i in ids if i >= self.size or i in self.holes)
+                foreign = next(i for i in ids if i >= self.size or i in self.gap_ids)
                 raise InputError(
                     f"prompt_logprobs: entry {positions[place] + 1}: {foreign} is no token of the "
                     f"cache's vocabulary of {self.size:,}. Without it {len(in_vocabulary)} "

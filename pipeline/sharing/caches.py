@@ -198,7 +198,7 @@ def _describe_readable(name: str, teacher: TeacherReader) -> str:
 def _check_room(cache: Cache, chosen: Sequence[str], with_text: bool, folder: Path) -> None:
     """Raise InputError if the disk has no room for the copy."""
     needed = sum(cache.teachers[name].bytes_on_disk for name in chosen)
-    needed += cache.corpus.units.bytes
+    needed += cache.corpus.commits_by_unit.bytes
     needed += sum(view.commits.bytes for view in cache.views.values()) if with_text else 0
     free = shutil.disk_usage(folder).free
     if needed > free:

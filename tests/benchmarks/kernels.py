@@ -31,7 +31,7 @@ from results_csv import RESULTS, append, hardware, versions
 from torch import Tensor
 
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
-from rekindle.kernels.targets import SparseTargets
+from rekindle.kernels.targets import KernelTargets
 
 SHAPES = ((8192, 30522, 768), (8192, 50368, 768), (8192, 128256, 4096), (8192, 256000, 2304))
 TOY_SHAPES = ((64, 1003, 32),)
@@ -403,7 +403,7 @@ def main() -> None:
         k = 8 if options.toy else 64
         for shape, tau in itertools.product(shapes, temperatures):
             batch = make_batch(shape[0], shape, k, tau, device)
-            targets = SparseTargets(batch.ids, batch.probs, batch.tail, batch.labels)
+            targets = KernelTargets(batch.ids, batch.probs, batch.tail, batch.labels)
             logits = batch.hidden @ batch.weight.t()
             found = importlib.import_module("rows.shapes").measure(
                 logits, targets, tau, repeats, take_turns, options.cubins

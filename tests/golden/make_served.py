@@ -30,7 +30,7 @@ def main(out: Path) -> None:
         shape |= {"intermediate_size": 16, "initializer_range": 0.6, "vocab_size": tokenizer.size}
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
         with torch.no_grad():
-            for first, last in tokenizer.holes:  # what is no token is unlikely
+            for first, last in tokenizer.gaps:  # what is no token is unlikely
                 model.lm_head.weight[first:last] = 0
         model.save_pretrained(work / "lm")
         tokenizer.save(str(work / "lm"))

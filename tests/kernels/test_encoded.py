@@ -12,8 +12,8 @@ import torch
 from rekindle.data.targets import codec
 from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
-from rekindle.kernels.targets import LossSettings, SparseTargets
-from testlib.kernels.reference import reference_losses
+from rekindle.kernels.targets import KernelTargets
+from testlib.kernels.reference import loss_settings, reference_losses
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -94,8 +94,8 @@ def test_the_kernel_decodes_as_the_twin(vocabulary, kept, k, divergence, tail):
 
     ids, probs, rest = decode(targets, tau)
     exact = logits.double().requires_grad_()
-    plain = SparseTargets(ids, probs.double(), rest.double(), labels, weight.double())
-    loss, _, _ = reference_losses(exact, plain, LossSettings(**options))
+    plain = KernelTargets(ids, probs.double(), rest.double(), labels, weight.double())
+    loss, _, _ = reference_losses(exact, plain, loss_settings(**options))
     (expected,) = torch.autograd.grad(loss, exact)
     torch.testing.assert_close(out.loss.double(), loss.detach(), rtol=3e-6, atol=3e-6)
     scale = float(expected.abs().max())

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from rekindle.kernels import blockwise, choice, ops
 from rekindle.kernels.closed_form import Coefficients
-from rekindle.kernels.hidden import DenseTargets, WholeTeacher
+from rekindle.kernels.hidden import DenseTargets, WholeLogits
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
-from rekindle.kernels.targets import LossSettings, SparseTargets
+from rekindle.kernels.targets import KernelTargets, LossSettings
 from testlib.hidden import (
     DEVICE,
     DIVERGENCES,
@@ -35,10 +35,10 @@ from testlib.hidden import (
 def call(student: ops.StudentLogits, targets: Any, reduction: str) -> list[object]:
     weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0, 1.0, 0.5], device=DEVICE)
     none = torch.empty(ROWS, 0, dtype=torch.int64, device=DEVICE)
-    rows = SparseTargets(none, none, None, labels(), weight)
+    rows = KernelTargets(none, none, None, labels(), weight)
     settings = LossSettings(ce_weight=0.5, temperature=2.0, reduction=reduction)
     computation = ops.Computation("torch", torch.float32, [t is not None for t in student])
-    teacher = WholeTeacher.of(targets)
+    teacher = WholeLogits.of(targets)
     return ops.Call(student, rows, teacher, settings, computation).flat()
 
 
@@ -94,12 +94,12 @@ def test_products_may_be_of_sixteen_bits(kind: str) -> None:
     student = ops.StudentLogits(*head(torch.float32, rows=64))
     targets, objective = teacher(rows=64), LossSettings(divergence=kind)
     none = torch.empty(64, 0, dtype=torch.long, device=DEVICE)
-    rows = SparseTargets(none, none, None, None, None)
+    rows = KernelTargets(none, none, None, None, None)
     ones = torch.full((64,), 1 / 64, device=DEVICE)
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         computation = ops.Computation("torch", dtype, (True, True, True))
-        asked = ops.Call(student, rows, WholeTeacher.of(targets), objective, computation)
+        asked = ops.Call(student, rows, WholeLogits.of(targets), objective, computation)
         losses_, gradients = blockwise.blockwise(asked, Coefficients(ones, ones))
         assert all(g.dtype == torch.float32 for g in gradients)
         results.append([losses_.kd, *gradients])

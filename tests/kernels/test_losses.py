@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rekindle.kernels import blocks, choice, ops
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
-from rekindle.kernels.targets import DecodedTargets, LossSettings, SparseTargets
-from testlib.kernels.reference import reference_losses
+from rekindle.kernels.targets import DecodedTargets, KernelTargets
+from testlib.kernels.reference import loss_settings, reference_losses
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl")
 TAILS = ("bucket", "renormalise", "none")
@@ -94,7 +94,7 @@ def reference(logits: Tensor, ids: Tensor, probs: Tensor, **options: Any) -> KDL
     """The defining implementation, through autograd."""
     tensors = (options.pop(name, None) for name in ("tail_prob", "labels", "row_weight"))
     return KDLoss(
-        *reference_losses(logits, SparseTargets(ids, probs, *tensors), LossSettings(**options))
+        *reference_losses(logits, KernelTargets(ids, probs, *tensors), loss_settings(**options))
     )
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from rekindle.kernels import blockwise, ops
 from rekindle.kernels.call import Call, Computation, StudentLogits
 from rekindle.kernels.closed_form import Coefficients
-from rekindle.kernels.hidden import WholeTeacher
-from rekindle.kernels.targets import LossSettings, SparseTargets
+from rekindle.kernels.hidden import WholeLogits
+from rekindle.kernels.targets import KernelTargets, LossSettings
 
 N, V, H, K = 6, 11, 4, 3
 
@@ -36,8 +36,8 @@ def a_call(kind: str, impl: str, device: str = "cpu") -> Call:
     targets = ids[:, :0] if whole else ids, torch.full((N, K), 0.3), None, labels, weight
     return Call(
         StudentLogits(*(t.to(device) for t in student)),
-        SparseTargets(*(t if t is None else t.to(device) for t in targets)),
-        WholeTeacher(states.to(device) if whole else None),
+        KernelTargets(*(t if t is None else t.to(device) for t in targets)),
+        WholeLogits(states.to(device) if whole else None),
         LossSettings(ce_weight=0.5, temperature=2.0),
         Computation(impl, torch.float32 if impl == "triton" else None, (True, head, head)),
     )

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from rekindle.kernels import blockwise, ops
-from rekindle.kernels.hidden import WholeTeacher
+from rekindle.kernels.hidden import WholeLogits
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
-from rekindle.kernels.targets import LossSettings, SparseTargets
+from rekindle.kernels.targets import KernelTargets, LossSettings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -30,9 +30,9 @@ def make(rows: int = 5, vocabulary: int = 37, hidden: int = 8) -> dict[str, Tens
 
 def call(case: dict, student: ops.StudentLogits, impl: str, reduction: str) -> list[object]:
     settings = LossSettings(ce_weight=0.5, temperature=2.0, reduction=reduction)
-    targets = SparseTargets(case["ids"], case["probs"], None, case["labels"], case["row_weight"])
+    targets = KernelTargets(case["ids"], case["probs"], None, case["labels"], case["row_weight"])
     computation = ops.Computation(impl, torch.float32, [t is not None for t in student])
-    return ops.Call(student, targets, WholeTeacher(), settings, computation).flat()
+    return ops.Call(student, targets, WholeLogits(), settings, computation).flat()
 
 
 @pytest.mark.covering

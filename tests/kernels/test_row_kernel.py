@@ -137,7 +137,7 @@ def test_products_are_fused_with_sums(results: dict[int, dict[str, Any]], index:
 def test_every_launch_says_how_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """All kernels; no compiler is asked."""
     from rekindle.kernels import triton_rows
-    from rekindle.kernels.targets import LossSettings, SparseTargets
+    from rekindle.kernels.targets import KernelTargets, LossSettings
 
     said: dict[str, dict[str, object]] = {}
 
@@ -156,7 +156,7 @@ def test_every_launch_says_how_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(triton_rows, name, Kernel(name))
     z = torch.zeros(2, 9)
     ids = torch.zeros(2, 1, dtype=torch.int64)
-    targets = SparseTargets(ids, torch.ones(2, 1), None, ids[:, 0], None)
+    targets = KernelTargets(ids, torch.ones(2, 1), None, ids[:, 0], None)
     kernel = triton_rows.RowKernel(targets, LossSettings(), False)
     kernel.run(z, z, slice(0, 2))
     kernel.losses()

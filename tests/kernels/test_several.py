@@ -137,8 +137,8 @@ def test_what_no_list_may_hold_is_refused() -> None:
     wrong: list[tuple[Any, Any, str]] = [
         ([], 1.0, "empty list"),
         ([DenseTargets(z)], 1.0, r"target_ids\[0\] is a .*DenseTargets; a list holds"),
-        (teachers(), [1.0], r"kd_weight is \[1.0\] beside a list of 3 teachers"),
-        (teachers()[0], [1.0], "beside targets of one"),
+        (teachers(), [1.0], r"kd_weight is \[1.0\], but .* a list of 3 teachers'; give"),
+        (teachers()[0], [1.0], "but the targets are one teacher's; give a number"),
     ]
     for targets, weight, message in wrong:
         with pytest.raises(ValueError, match=message):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
-from rekindle.kernels.targets import LossSettings, SparseTargets
-from testlib.kernels.reference import reference_losses
+from rekindle.kernels.targets import KernelTargets, LossSettings
+from testlib.kernels.reference import loss_settings, reference_losses
 
 pytest.importorskip("triton")
 row_shapes = pytest.importorskip("rekindle.kernels.row_shapes")
@@ -58,8 +58,8 @@ def truth(case: dict, logits: Tensor | None = None, **options: Any) -> tuple[KDL
     """Losses and gradient in float64 by autograd, of the very numbers the kernel reads."""
     z = (case["logits"] if logits is None else logits).detach().double().requires_grad_()
     tensors = [options.pop(name, None) for name in ("tail_prob", "labels", "row_weight")]
-    targets = SparseTargets(case["ids"], case["probs"].double(), *tensors)
-    out = KDLoss(*reference_losses(z, targets, LossSettings(**options)))
+    targets = KernelTargets(case["ids"], case["probs"].double(), *tensors)
+    out = KDLoss(*reference_losses(z, targets, loss_settings(**options)))
     return out, torch.autograd.grad(out.loss.sum(), z)[0]
 
 
@@ -254,7 +254,7 @@ def test_an_id_out_of_range_is_loud() -> None:
 
     case = make(rows=3, vocabulary=50, k=4)
     case["ids"][1, 2] = 50
-    targets = SparseTargets(case["ids"], case["probs"], None, None, None)
+    targets = KernelTargets(case["ids"], case["probs"], None, None, None)
     kernel = RowKernel(targets, LossSettings(), False)
     kernel.run(case["logits"], torch.empty_like(case["logits"]), slice(0, 3))
     assert kernel.kd.isnan().tolist() == [False, True, False]
@@ -270,7 +270,7 @@ def test_rows_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> 
     far = torch.empty(2 * stride + 1024, dtype=torch.float16, device=DEVICE)
     z = far.as_strided((rows, vocabulary), (stride, 1))
     z.copy_(case["logits"])
-    targets = SparseTargets(case["ids"], case["probs"], None, case["labels"], None)
+    targets = KernelTargets(case["ids"], case["probs"], None, case["labels"], None)
     kernel = RowKernel(targets, LossSettings(ce_weight=1.0, reduction="none"), True)
     kernel.run(z, z, slice(0, rows))
     expected, gradient = truth(case, labels=case["labels"], ce_weight=1.0, reduction="none")
@@ -321,7 +321,7 @@ def test_linear_head_in_sixteen_bits_loses_no_more_than_plain_low_precision(
             loss = linear_kd_loss(a, b, *args, impl="triton", temperature=2.0).loss
         else:
             probs = args[1].double() if name == "truth" else args[1]
-            targets = SparseTargets(args[0], probs, None, None, None)
+            targets = KernelTargets(args[0], probs, None, None, None)
             loss = reference_losses(a @ b.t(), targets, LossSettings(temperature=2.0))[0]
         results[name] = [t.double() for t in (loss.detach(), *torch.autograd.grad(loss, (a, b)))]
     for ours, plain, exact in zip(*(results[n] for n in ("triton", "plain", "truth")), strict=True):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from rekindle.data.errors import InputError, naming
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS
-from rekindle.kernels.divergences import EVERY_LINEAR, LINEAR
+from rekindle.kernels.divergences import LINEAR, LINEAR_DIVERGENCES
 from rekindle.train.config import DistillTerm
 
 
@@ -44,8 +44,8 @@ def estimate_problems(term: DistillTerm, kinds: Sequence[VocabularyKind]) -> Ite
                 f"divergence: {term.divergence} is not linear in the teacher's probabilities, and "
                 f"{kind.info.name!r} keeps a sample of them (targets.kind: {kind.name}): a token "
                 "that was not drawn would count as one that the teacher rules out. Use "
-                f"{' or '.join(EVERY_LINEAR)}, or cache it under another name with targets.kind: "
-                f"{kinds_that_serve(term.divergence)}"
+                f"{' or '.join(LINEAR_DIVERGENCES)}, or cache it under another name with "
+                f"targets.kind: {kinds_that_serve(term.divergence)}"
             )
     tails = [kind for kind in kinds if _has_tail(kind, term)]
     if term.combine == "mixture" and term.tail == "bucket" and samples and tails:

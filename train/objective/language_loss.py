@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.data.errors import InputError
-from rekindle.kernels.checks import LossTargets, SparseKinds
+from rekindle.kernels.checks import CandidateTargets, TargetObjects
 from rekindle.kernels.hidden import row_entropy
 from rekindle.kernels.losses import KDLoss, LossOptions, linear_kd_loss, merge_targets
 from rekindle.kernels.targets import MAX_KEPT, DecodedTargets
@@ -31,7 +31,7 @@ IGNORED = -100  # the label of a row without cross-entropy
 def head_loss(
     hidden: Tensor,
     head: OutputHead,
-    targets: LossTargets | list[SparseKinds] | None,
+    targets: TargetObjects | list[CandidateTargets] | None,
     **options: Unpack[LossOptions],
 ) -> KDLoss:
     """Return `linear_kd_loss` of hidden states [N,H] and the student's output matrix, summed over
@@ -53,14 +53,14 @@ class Lesson:
     name: str  # the name under which the loss is shown
     term: DistillTerm
     weight: float
-    targets: LossTargets
+    targets: TargetObjects
     rows: Rows  # [n] of the P rows, ascending
     row_weight: Tensor | None = None  # [n] 1 or 0: which of them are taught
 
     @property
     def ids_per_row(self) -> int:
         """Return the number of ids per row that the targets list."""
-        return self.targets.ids.shape[1] if isinstance(self.targets, SparseKinds) else 0
+        return self.targets.ids.shape[1] if isinstance(self.targets, CandidateTargets) else 0
 
     def joins(self, other: "Lesson") -> bool:
         """Return whether both can be taught in one call, which reads the logits once for both."""
@@ -68,8 +68,8 @@ class Lesson:
         return (
             len(set(settings)) == 1
             and self.row_weight is other.row_weight is None
-            and isinstance(self.targets, SparseKinds)
-            and isinstance(other.targets, SparseKinds)
+            and isinstance(self.targets, CandidateTargets)
+            and isinstance(other.targets, CandidateTargets)
             and np.array_equal(self.rows, other.rows)
         )
 
@@ -140,7 +140,9 @@ class LanguageLoss:
     ) -> KDLoss:
         """Return the loss of lessons in one call; rows of ``with_ce`` add their cross-entropy."""
         lesson, weights = call[0], [each.weight / self._row_count(each) for each in call]
-        joined_targets = [each.targets for each in call if isinstance(each.targets, SparseKinds)]
+        joined_targets = [
+            each.targets for each in call if isinstance(each.targets, CandidateTargets)
+        ]
         hidden, row_labels = self._select(lesson.rows, self.hidden, self.rows.labels)
         labels = None
         if with_ce.any():
@@ -190,7 +192,7 @@ class LanguageLoss:
         assert isinstance(target, TokenTargetBatch)
         return target.interpolating(term.interpolates)
 
-    def _mixture(self, term: DistillTerm) -> tuple[LossTargets, Rows]:
+    def _mixture(self, term: DistillTerm) -> tuple[TargetObjects, Rows]:
         batches = [self._target(term, name) for name in term.teachers]
         places = [self.rows.match(target, self.width) for target in batches]
         if any(not np.array_equal(place, places[0]) for place in places):

@@ -45,7 +45,7 @@ def domain_ranges(corpus: Corpus, names: Sequence[str]) -> dict[str, Ranges]:
     of sequences. Raises CacheFormatError for a shard without the domains that its record counts.
     """
     distinct = list(dict.fromkeys(names))
-    counted = enumerate(corpus.units.counts_by_name("domains"))
+    counted = enumerate(corpus.commits_by_unit.counts_by_name("domains"))
     parts = [_shard_runs(corpus, shard, counts or {}, distinct) for shard, counts in counted]
     runs = np.concatenate([np.zeros((0, 3), np.int64), *parts])
     # A run may cross shards: ranges that touch are joined.
@@ -64,7 +64,8 @@ def _shard_runs(
     value_set = pa.array(names, pa.string())
     # The column has no checksum of its own, but is compared with the record, which has one; and
     # every training sequence is verified with its record batch.
-    columns = [batch["domain"] for batch in corpus.shard(shard).columns(["domain"])]
+    batches = corpus.shard(shard).read_unverified(["domain"])
+    columns = [batch["domain"] for batch in batches]
     indices = [pc.fill_null(pc.index_in(column, value_set=value_set), -1) for column in columns]
     numbers = np.concatenate([one.to_numpy(zero_copy_only=False) for one in indices])
     for number, name in enumerate(names):

@@ -111,7 +111,7 @@ def group_numbers(corpus: Corpus) -> NDArray[np.int64]:
     numbers: dict[str, int] = {}
     parts = [np.zeros(0, np.int64)]
     for shard in range(len(corpus.commits)):
-        for batch in corpus.shard(shard).columns([GROUP]):
+        for batch in corpus.shard(shard).read_unverified([GROUP]):
             encoded = batch[GROUP].dictionary_encode()
             names = encoded.dictionary.to_pylist()
             of_names = np.array(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rekindle.data.errors import InputError
 from rekindle.data.storage.columns import flat_lists, list_array, list_type, offsets_of
 from rekindle.data.storage.seal import FORMAT_VERSION
-from rekindle.data.storage.shards import describe, rows_in_batches
+from rekindle.data.storage.shards import rows_in_batches, shard_schema
 from rekindle.data.targets.codec import Columns, Floats
 from rekindle.data.targets.codec_compact import Widths, fill_missing_scalars
 from rekindle.data.targets.codec_registry import CODECS, Codec
@@ -112,7 +112,7 @@ class TargetKind(ABC):
             "format_version": FORMAT_VERSION,
             "teacher": self.info.model_dump(mode="json"),
         }
-        return describe(fields, described | dict(about))
+        return shard_schema(fields, described | dict(about))
 
     @property
     def width(self) -> str:
@@ -131,13 +131,13 @@ class TargetKind(ABC):
         return self.template.format_map(vars(self.info)) or self.summary
 
     @abstractmethod
-    def used_columns(self) -> Widths:
+    def memory_columns(self) -> Widths:
         """Return the columns as they are used, without ``positions``."""
 
     def stored_columns(self) -> Widths:
         """Return the columns on disk that have one entry per position."""
         return self.codec.stored_columns(
-            POSITIONS | self.used_columns(), self.info.vocabulary_size or 0
+            POSITIONS | self.memory_columns(), self.info.vocabulary_size or 0
         )
 
     def entry_columns(self) -> dict[str, pa.DataType]:
@@ -171,7 +171,7 @@ class TargetKind(ABC):
 
     def empty_columns(self) -> Columns:
         """Return the used columns of zero targets."""
-        columns = ({} if self.per_sequence else POSITIONS) | self.used_columns()
+        columns = ({} if self.per_sequence else POSITIONS) | self.memory_columns()
         return {
             name: np.zeros((0,) if width is None else (0, width), dtype.to_pandas_dtype())
             for name, (dtype, width) in columns.items()
@@ -284,7 +284,7 @@ class VocabularyKind(TargetKind):
     def distribution_columns(self) -> Widths:
         """Return the columns of what is kept, as they are used."""
 
-    def used_columns(self) -> Widths:
+    def memory_columns(self) -> Widths:
         """Return the columns as they are used, without ``positions``."""
         rank = pa.from_numpy_dtype(rank_dtype(self.size))
         # gold_log_prob is stored negated, as -log p in 1/1024 nat

@@ -43,7 +43,7 @@ class Embedding(TargetKind):
         """What is kept of each target, in two words."""
         return f"{self.width} {self.info.vectors}"
 
-    def used_columns(self) -> Widths:
+    def memory_columns(self) -> Widths:
         """Return the columns in use: those stored."""
         if self.info.vectors == "int8":
             return {"vectors": (pa.int8(), self.info.dimensions), "scale": (pa.float32(), None)}
@@ -51,7 +51,7 @@ class Embedding(TargetKind):
 
     def stored_columns(self) -> Widths:
         """Return the columns on disk: there are no positions."""
-        return self.used_columns()
+        return self.memory_columns()
 
     def _pack(self, columns: Columns) -> Columns:
         return columns

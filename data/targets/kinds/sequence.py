@@ -28,13 +28,13 @@ class SequenceLogits(TaskKind):
     per_sequence = True
     reveals_text = False
 
-    def used_columns(self) -> Widths:
+    def memory_columns(self) -> Widths:
         """Return the columns as they are used."""
         names = ["logits"] + (["mc_probs"] if self.info.monte_carlo_passes else [])
         return dict.fromkeys(names, (pa.float32(), self.info.num_labels))
 
     def _fields(self) -> list[pa.Field]:
-        return [pa.field(n, pa.list_(t, width)) for n, (t, width) in self.used_columns().items()]
+        return [pa.field(n, pa.list_(t, width)) for n, (t, width) in self.memory_columns().items()]
 
     def batches(
         self, schema: pa.Schema, digests: list[str], rows: NDArray[np.int64], columns: Columns
@@ -43,7 +43,7 @@ class SequenceLogits(TaskKind):
         others become null.
         """
         absent, width = ~np.isin(np.arange(len(digests)), rows), self.info.num_labels or 0
-        wide = {name: np.zeros((len(digests), width), np.float32) for name in self.used_columns()}
+        wide = {name: np.zeros((len(digests), width), np.float32) for name in self.memory_columns()}
         for name, values in wide.items():
             values[~absent] = columns[name] if len(rows) else 0
         for first, last in rows_in_batches(len(digests)):

@@ -20,6 +20,6 @@ class Tails(TargetKind):
     codecs = ("default", "precise")
     needs_temperatures = is_extension = True
 
-    def used_columns(self) -> Widths:
+    def memory_columns(self) -> Widths:
         """Return the columns as they are used, without ``positions``."""
         return {"tail_log_odds": (pa.int16(), len(self.info.temperatures))}

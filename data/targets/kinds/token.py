@@ -17,7 +17,7 @@ class TokenLogits(TaskKind):
     tasks = ("token_classification",)
     reveals_text = False
 
-    def used_columns(self) -> Widths:
+    def memory_columns(self) -> Widths:
         """Return the columns as they are used, without ``positions``."""
         return {"logits": (pa.float32(), self.info.num_labels)}
 

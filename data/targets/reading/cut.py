@@ -63,8 +63,10 @@ def truncation_of(info: TeacherInfo, commits: Commits) -> Truncation | None:
     """
     if not commits.has_fact(FACT):
         return None
-    texts_per_unit = commits.numbers("positions") if kind_of(info).per_sequence else commits.rows
-    sizes = (texts_per_unit, commits.numbers("tokens"))
+    texts_per_unit = (
+        commits.number_facts("positions") if kind_of(info).per_sequence else commits.rows
+    )
+    sizes = (texts_per_unit, commits.number_facts("tokens"))
     uncut = [np.nan_to_num(numbers).astype(int).tolist() for numbers in sizes]
     units = [
         Counts(texts, 0, tokens, 0) if counts is None else Counts(**counts)

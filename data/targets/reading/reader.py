@@ -172,7 +172,7 @@ class TeacherReader(RowReader):
         loading models. None unless every unit recorded it; older caches did not.
         """
         seconds = np.concatenate(
-            [commits.numbers(SECONDS) for commits in self._all_commits_to_read]
+            [commits.number_facts(SECONDS) for commits in self._all_commits_to_read]
         )
         known = (seconds >= 0) & (seconds < math.inf)
         return sum(seconds.tolist()) if len(seconds) and known.all() else None
@@ -180,7 +180,7 @@ class TeacherReader(RowReader):
     @property
     def positions(self) -> int:
         """Positions (for sequence teachers, sequences) that have a target."""
-        return int(self.commits.counts("positions").sum())
+        return int(self.commits.count_facts("positions").sum())
 
     @property
     def coverage(self) -> float:
@@ -197,9 +197,9 @@ class TeacherReader(RowReader):
         """
         if self.info.mapped is None or not self.positions:
             return None
-        counts = self.commits.counts("positions")
-        mass = np.nan_to_num(self.commits.numbers(MAPPED_MASS))
-        share = counts.sum() / self.commits.counts(MAPPABLE).sum()
+        counts = self.commits.count_facts("positions")
+        mass = np.nan_to_num(self.commits.number_facts(MAPPED_MASS))
+        share = counts.sum() / self.commits.count_facts(MAPPABLE).sum()
         return float(share), float((mass * counts).sum() / counts.sum())
 
     def check_files(self) -> None:
@@ -356,10 +356,10 @@ class TeacherReader(RowReader):
 
 
 def _rows_with_targets(commits: Commits) -> float:
-    rows, expected = commits.rows, commits.numbers(EXPECTED)
+    rows, expected = commits.rows, commits.number_facts(EXPECTED)
     if not (counted := expected > 0).any():
         return int(rows.sum())
-    shares = commits.counts("positions")[counted] / expected[counted]
+    shares = commits.count_facts("positions")[counted] / expected[counted]
     return float(rows[~counted].sum() + (rows[counted] * shares).sum())
 
 

@@ -28,7 +28,7 @@ def stored_error(commits: Commits) -> StoredError | None:
     """Return the error over all units; None if their records lack it."""
     if not commits.has_fact(MEAN_ERROR):
         return None
-    mean, largest = (commits.numbers(name) for name in (MEAN_ERROR, LARGEST_ERROR))
-    known, rows = ~np.isnan(mean), commits.counts("positions")
+    mean, largest = (commits.number_facts(name) for name in (MEAN_ERROR, LARGEST_ERROR))
+    known, rows = ~np.isnan(mean), commits.count_facts("positions")
     average = float((mean[known] * rows[known]).sum() / max(int(rows[known].sum()), 1))
     return StoredError(average, float(largest[known].max()))

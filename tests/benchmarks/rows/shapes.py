@@ -18,7 +18,7 @@ from torch import Tensor
 from rekindle.kernels import triton_rows
 from rekindle.kernels.losses import kd_loss
 from rekindle.kernels.row_shapes import Shape, machine_of, shape_of
-from rekindle.kernels.targets import LossSettings, SparseTargets
+from rekindle.kernels.targets import KernelTargets, LossSettings
 
 GATE_ROWS = 16
 POWERS = {1.0: 1, 2.0: 2, 4.0: 4}
@@ -26,7 +26,7 @@ POWERS = {1.0: 1, 2.0: 2, 4.0: 4}
 
 def measure(
     logits: Tensor,
-    targets: SparseTargets,
+    targets: KernelTargets,
     tau: float,
     repeats: int,
     take_turns: Callable[[dict[str, Callable[[], Any]], str, int], dict[str, list[float]]],
@@ -34,7 +34,7 @@ def measure(
 ) -> list[tuple[str, str, float, str]]:
     """Print one table of logits [N,V]; return (provider, metric, value, unit)."""
     rows, vocabulary = logits.shape
-    settings = LossSettings(temperature=tau, ce_weight=0.5, kd_weight=0.5, reduction="sum")
+    settings = LossSettings(temperature=tau, ce_weight=0.5, kd_weights=(0.5,), reduction="sum")
     machine = machine_of(logits.device)
     if logits.device.type != "cuda":
         machine = machine._replace(clusters=True)  # the interpreter has any
@@ -85,7 +85,7 @@ def measure(
 def _arguments(
     logits: Tensor,
     gradient: Tensor,
-    targets: SparseTargets,
+    targets: KernelTargets,
     kernel: triton_rows.RowKernel,
     settings: LossSettings,
 ) -> dict[str, Any]:
@@ -103,11 +103,11 @@ def _arguments(
     return {**values, **numbers, "kd_weights": settings.kd_factors}
 
 
-def _gradient_in_float64(logits: Tensor, targets: SparseTargets, settings: LossSettings) -> Tensor:
+def _gradient_in_float64(logits: Tensor, targets: KernelTargets, settings: LossSettings) -> Tensor:
     z = logits.double().requires_grad_()
     loss = kd_loss(
         z, targets.ids, targets.probs.double(), tail_prob=targets.tail, labels=targets.labels,
         temperature=settings.temperature, ce_weight=settings.ce_weight,
-        kd_weight=settings.kd_weight, reduction=settings.reduction, impl="torch",
+        kd_weight=settings.kd_weights[0], reduction=settings.reduction, impl="torch",
     ).loss  # fmt: skip
     return torch.autograd.grad(loss, z)[0]

@@ -34,7 +34,7 @@ from rekindle.data.storage import records
 from rekindle.data.storage.commits import Commit, columns_of
 from rekindle.data.storage.manifest import raise_version
 from rekindle.data.storage.seal import WITH_ROLL_UPS, seal
-from rekindle.data.storage.shards import ShardSet, describe
+from rekindle.data.storage.shards import ShardSet, shard_schema
 from rekindle.data.storage.store import LocalStore
 from rekindle.data.storage.units import join_tables, unit_keys, unit_of
 from rekindle.data.targets.schema import TeacherInfo
@@ -120,11 +120,13 @@ def write_data(corpus: Corpus, info: TeacherInfo, shard: int) -> None:
     from cache_rows import draw_columns
 
     addition, first = corpus.additions[0], corpus.shard(0)
-    schema = describe([*first.schema], shard_metadata(shard, addition, corpus.info["tokenizer"]))
+    schema = shard_schema(
+        [*first.schema], shard_metadata(shard, addition, corpus.info["tokenizer"])
+    )
     batches = [pa.record_batch(b.columns, schema=schema) for b in first.batches()]
     facts = {"tokens": ROWS * LENGTH, "next": [shard, 0], "domains": {}}
     corpus.shards.write(unit_of(shard), schema, batches, facts)
-    corpus.units.add(corpus.shards.read_record(unit_of(shard)))
+    corpus.commits_by_unit.add(corpus.shards.read_record(unit_of(shard)))
     about = {"tokens": ROWS * LENGTH, "shard": shard, "replica": None}
     columns = draw_columns(ROWS * TARGETS, 0, "default", TARGETS)
     rows = np.repeat(np.arange(ROWS), TARGETS)

@@ -11,7 +11,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.storage.columns import list_array, list_type, offsets_of
 from rekindle.data.storage.seal import SEAL, seal
-from rekindle.data.storage.shards import ShardSet, describe
+from rekindle.data.storage.shards import ShardSet, shard_schema
 from rekindle.data.storage.store import LocalStore
 from testlib.cache_format import write_teacher
 
@@ -156,7 +156,7 @@ def test_a_shard_with_other_columns_is_refused(copied):
     commit = cache.teachers["big"].commits["00000"]
     metadata = cache.teachers["big"].main.shards.open(commit).metadata
     (copied / "targets/big/commits/00000.json").unlink()
-    schema = describe(
+    schema = shard_schema(
         [pa.field("digest", pa.string()), pa.field("ids", list_type(pa.int64()))], metadata
     )
     ShardSet(LocalStore(copied), "targets/big").write("00000", schema, [])

@@ -403,7 +403,7 @@ def test_an_edited_description_is_noticed_when_a_shard_is_read(store, config):
         changed = json.loads(json.dumps(info))
         changed[part][key] += 1
         path.write_bytes(seal(changed))
-        with pytest.raises(CacheMismatchError, match=f"its {part} differ"):
+        with pytest.raises(CacheMismatchError, match=rf"differently from corpus \(in: {part}\)"):
             Corpus(store).shard(0)
 
 

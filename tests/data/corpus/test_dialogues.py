@@ -174,7 +174,7 @@ def test_an_interruption_changes_nothing(build, packing):
     again = build("again", **more)
     assert again.fingerprint == whole.fingerprint
     assert remarks(again) == remarks(whole)
-    assert whole.units.counts("untrained_sequences").sum() > 0
+    assert whole.commits_by_unit.count_facts("untrained_sequences").sum() > 0
 
 
 def sent(load, parts):
@@ -340,7 +340,7 @@ def test_it_grows_by_further_files_of_any_format(build, tmp_path):
     grown = build(source=[first, second, third], format="text")
     whole = build("whole", source=[first, second, third], format="text")
     assert [row["digest"] for row in rows(grown)] == [row["digest"] for row in rows(whole)]
-    assert grown.units.counts("untrained_sequences").sum() == 2
+    assert grown.commits_by_unit.count_facts("untrained_sequences").sum() == 2
     assert len(Corpus(LocalStore(tmp_path / "cache")).additions) == 2
 
 
@@ -390,5 +390,7 @@ def test_packed_dialogues_are_those_of_documents_in_rows(build):
     for name, expected in whole.items():
         assert [x for row in table for x in row[name]] == expected
     assert sum(len(row["document_starts"]) for row in table) == len(alone)
-    left_out = [c.units.counts("untrained_sequences").sum() for c in (packed, build("alone"))]
+    left_out = [
+        c.commits_by_unit.count_facts("untrained_sequences").sum() for c in (packed, build("alone"))
+    ]
     assert left_out[0] == left_out[1]

@@ -130,7 +130,7 @@ def test_gaps_in_the_ids_are_no_tokens(build, tmp_path, wordpiece):
     from testlib.vocabularies.changed import with_gaps
 
     gapped = with_gaps(wordpiece, tmp_path / "gaps", ["the"])
-    hole = load_tokenizer(str(gapped)).holes[0][0]
+    hole = load_tokenizer(str(gapped)).gaps[0][0]
     with pytest.raises(InputError, match=rf"input_ids\[0\] is {hole}, which is not a token"):
         build([{"input_ids": [hole]}], tokenizer=gapped)
 

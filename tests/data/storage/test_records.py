@@ -73,8 +73,8 @@ def said(found):
         "bytes": found.bytes,
         "sha256s": found.sha256s,
         "fingerprint": found.fingerprint(len(found)),
-        "tokens": found.counts("tokens").tolist(),
-        "seconds": np.nan_to_num(found.numbers("seconds"), nan=-1).tolist(),
+        "tokens": found.count_facts("tokens").tolist(),
+        "seconds": np.nan_to_num(found.number_facts("seconds"), nan=-1).tolist(),
         "domains": list(found.counts_by_name("domains")),
         "cut": list(found.counts_by_name("cut")),
         "lacking": found.missing_units(SHARDS + 2, range(REPLICAS)),
@@ -298,7 +298,9 @@ def test_opening_imports_no_pandas(rolled):
     code += "from rekindle.data.storage import records; records.MIN_UNITS = 256; "
     code += "from rekindle.data.storage.store import open_store; "
     code += f"found = ShardSet(open_store({rolled.store.location!r}), 'set').committed(); "
-    code += "found.counts('tokens'), found.numbers('seconds'), found.missing_units(9, [0]); "
+    code += (
+        "found.count_facts('tokens'), found.number_facts('seconds'), found.missing_units(9, [0]); "
+    )
     code += "assert len(found) > 256 and not found._loaded; assert 'pandas' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -9,7 +9,7 @@ from rekindle.data.corpus.additions import count_left_out
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.record import BadRecord
 from rekindle.data.storage.commits import Commit, Commits
-from rekindle.data.storage.shards import ShardSet, describe
+from rekindle.data.storage.shards import ShardSet, shard_schema
 from rekindle.data.storage.store import LocalStore
 from rekindle.data.storage.units import arrow_array, place_of, sort_key, unit_of
 
@@ -35,7 +35,7 @@ def test_units_are_sorted_by_number_and_strangers_come_last():
 
 def test_a_set_lists_its_units_in_that_order(tmp_path):
     shards = ShardSet(LocalStore(tmp_path), "set")
-    schema = describe([pa.field("n", pa.int64())], {})
+    schema = shard_schema([pa.field("n", pa.int64())], {})
     units = [unit_of(shard) for shard in (100_001, 3, 99_999, 100_000)]
     for unit in units:
         shards.write(unit, schema, [pa.record_batch([pa.array([1])], schema=schema)])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rekindle.data.errors import CacheFormatError
 from rekindle.data.storage.columns import flat_lists, list_array, list_type, offsets_of
-from rekindle.data.storage.shards import Shard, ShardSet, describe
+from rekindle.data.storage.shards import Shard, ShardSet, shard_schema
 from rekindle.data.storage.store import LocalStore
 from rekindle.data.targets.scalars import (
     FACT,
@@ -29,7 +29,7 @@ FIELDS = [
     *(pa.field(name, list_type(pa.from_numpy_dtype(kind))) for name, kind in TYPES.items()),
     pa.field("ids", list_type(pa.uint16(), 3)),
 ]
-SCHEMA = describe(FIELDS, {"kind": "targets"})
+SCHEMA = shard_schema(FIELDS, {"kind": "targets"})
 
 
 def columns_of(counts, seed=0):

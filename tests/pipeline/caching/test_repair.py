@@ -14,7 +14,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheError, CacheFormatError, InputError
 from rekindle.data.inventory import collect_garbage
 from rekindle.data.storage.seal import seal
-from rekindle.data.storage.shards import ShardSet, describe
+from rekindle.data.storage.shards import ShardSet, shard_schema
 from rekindle.data.storage.store import LocalStore, open_store
 from rekindle.data.storage.units import unit_of
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
@@ -509,7 +509,7 @@ def test_the_last_shard_of_more_than_100_000_says_which_additions_there_are(tmp_
     """By name, 99999 would be the last one: what 100000 belongs to would not be missed."""
     shards = ShardSet(LocalStore(tmp_path), "corpus")
     for shard, about in ((99_999, {}), (100_000, {"stage": 1})):
-        schema = describe([pa.field("n", pa.int64())], about)
+        schema = shard_schema([pa.field("n", pa.int64())], about)
         shards.write(unit_of(shard), schema, [pa.record_batch([pa.array([1])], schema=schema)])
     shards.store.create("corpus/corpus.json", seal({}))
     with pytest.raises(CacheFormatError, match="growth-001"):

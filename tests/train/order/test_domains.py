@@ -72,6 +72,6 @@ def test_a_corpus_without_domains_says_which_key_makes_them(tmp_path, wordpiece)
 def test_rows_that_are_not_what_their_record_counts_are_refused(tmp_path, wordpiece):
     corpus = build(tmp_path, wordpiece, list(enumerate("abab")))
     commit = corpus.commits[0]
-    corpus.units.add(replace(commit, facts=commit.facts | {"domains": {"a": 1, "b": 3}}))
+    corpus.commits_by_unit.add(replace(commit, facts=commit.facts | {"domains": {"a": 1, "b": 3}}))
     with pytest.raises(CacheFormatError, match="commit record counts"):
         domain_ranges(corpus, ["a", "b"])

@@ -6,6 +6,7 @@ share arithmetic with the closed forms it judges. Gradients come from autograd.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +14,20 @@ from torch import Tensor
 
 from rekindle.kernels.targets import (
     LOG_OF_ZERO,
+    KernelTargets,
     LossSettings,
-    SparseTargets,
     loss_scales,
     target_masses,
 )
 
 
+def loss_settings(kd_weight: float = 1.0, **options: Any) -> LossSettings:
+    """Return the settings of a call with one teacher and these arguments of `kd_loss`."""
+    return LossSettings(kd_weights=(kd_weight,), **options)
+
+
 def reference_losses(
-    logits: Tensor, targets: SparseTargets, settings: LossSettings
+    logits: Tensor, targets: KernelTargets, settings: LossSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, ce, kd): scalars, or [N] each for reduction "none"; `loss` has the gradient.
 
@@ -36,7 +42,8 @@ def reference_losses(
     z = _transformed(logits[rows].to(dtype), settings)
     ce_rows = _cross_entropy(z, kept, settings) * ce_scale[rows]
     kd_rows = _divergence(z, kept, settings) * kd_scale[rows]
-    kd_factor = settings.kd_weight * settings.temperature**2
+    (kd_weight,) = settings.kd_weights
+    kd_factor = kd_weight * settings.temperature**2
     loss_rows = settings.ce_weight * ce_rows + kd_factor * kd_rows
     if settings.reduction != "none":
         return loss_rows.sum(), ce_rows.sum().detach(), kd_rows.sum().detach()
@@ -58,7 +65,7 @@ def _transformed(z: Tensor, settings: LossSettings) -> Tensor:
     return z
 
 
-def _cross_entropy(z: Tensor, targets: SparseTargets, settings: LossSettings) -> Tensor:
+def _cross_entropy(z: Tensor, targets: KernelTargets, settings: LossSettings) -> Tensor:
     if targets.labels is None:
         return z.new_zeros(z.shape[0])
     labelled = targets.labelled(settings.ignore_index)
@@ -67,7 +74,7 @@ def _cross_entropy(z: Tensor, targets: SparseTargets, settings: LossSettings) ->
     return torch.where(labelled, -log_p, 0.0)
 
 
-def _divergence(z: Tensor, targets: SparseTargets, settings: LossSettings) -> Tensor:
+def _divergence(z: Tensor, targets: KernelTargets, settings: LossSettings) -> Tensor:
     q, has_target = target_masses(targets, settings.tail, z.dtype)
     assert has_target is not None
     q, q_rest = q[:, :-1], q[:, -1]

@@ -7,7 +7,7 @@ import transformers
 
 from rekindle.data.cache import Cache
 from rekindle.data.corpus import config, corpus
-from rekindle.data.corpus.config import content_ids, hole_ids
+from rekindle.data.corpus.config import content_ids, gap_ids
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.storage.store import LocalStore
@@ -46,7 +46,7 @@ def model(tmp_path_factory, make_model, gapped):
     tokenizer = load_tokenizer(str(gapped))
     made = make_model("bert", MASKED, gapped, 3, **NARROW, vocab_size=tokenizer.size + 6)
     found = transformers.AutoModelForMaskedLM.from_pretrained(str(made))
-    holes = [i for first, past in tokenizer.holes for i in range(first, past)]
+    holes = [i for first, past in tokenizer.gaps for i in range(first, past)]
     with torch.no_grad():
         found.cls.predictions.bias[[*holes, *range(tokenizer.size, tokenizer.size + 6)]] = 30.0
     folder = tmp_path_factory.mktemp("gaps") / "model"
@@ -71,30 +71,30 @@ def made(tmp_path_factory, make_cache, gapped, model):
 
 def test_the_size_is_one_past_the_largest_id(gapped, wordpiece):
     plain, found = load_tokenizer(str(wordpiece)), load_tokenizer(str(gapped))
-    assert plain.holes == ()
+    assert plain.gaps == ()
     assert found.size == max(found.hf.get_vocab().values()) + 1 > len(found.hf) == plain.size
-    holes = {i for first, past in found.holes for i in range(first, past)}
+    holes = {i for first, past in found.gaps for i in range(first, past)}
     assert holes == {*range(found.size)} - {*found.hf.get_vocab().values()}
 
 
 def test_the_text_is_there_and_random_tokens_are_drawn_from_all_tokens(made):
     cache = Cache.open(made.cache.path)
     facts = cache.corpus.info["tokenizer"]
-    lifted = {*range(168, facts["size"])} - {*hole_ids(facts).tolist()}
+    lifted = {*range(168, facts["size"])} - {*gap_ids(facts).tolist()}
     assert len(lifted) == len(LIFTED)
     texts = np.concatenate([cache.example(i).input_ids for i in range(len(cache))])
     assert {*texts.tolist()} & lifted
     masker = MaskedView(cache.corpus, MaskConfig(mask_token=0, random_token=1), 0, 1).masker
     drawn = masker.replacements(texts[:1].repeat(20_000), np.arange(20_000), "digest", 0)
     assert {*drawn.tolist()} == {*content_ids(facts).tolist()} > lifted
-    assert not {*drawn.tolist()} & {*hole_ids(facts).tolist()}
+    assert not {*drawn.tolist()} & {*gap_ids(facts).tolist()}
 
 
 def test_targets_are_of_tokens_alone(made, model, gapped):
     assert verify_cache(made.cache.path).problems == []
     cache = Cache.open(made.cache.path)
     facts = cache.corpus.info["tokenizer"]
-    holes, size = hole_ids(facts), facts["size"]
+    holes, size = gap_ids(facts), facts["size"]
     assert cache.teacher("all").info.k == size - len(holes)
     assert cache.teacher("all").info.estimator["bias"] == "exact"
     for index in range(0, len(cache), 5):
@@ -131,7 +131,7 @@ def test_replaced_tokens_are_tokens(made, teacher):
             *method.corrupted(batch, torch.device("cpu")).inputs["input_ids"].flatten().tolist()
         }
     facts = cache.corpus.info["tokenizer"]
-    assert not seen & {*hole_ids(facts).tolist()}
+    assert not seen & {*gap_ids(facts).tolist()}
     assert max(seen) == facts["size"] - 1
 
 
