@@ -56,7 +56,7 @@ from rekindle.train.precision import warn_of_slow_precision
 from rekindle.train.running_out import report_shortage
 from rekindle.train.student import ABOUT_FILE, Student
 
-MOST_TOKENS = 1024  # tokens that a model sees at a time, unless a length is given
+DEFAULT_MAX_LENGTH = 1024  # tokens that a model sees at a time, unless a length is given
 SORTED_BATCHES = 16  # batches whose windows are sorted by length together
 TEXTS_AT_A_TIME = 64  # texts that are tokenised together
 LOGIT_ROWS = 256  # rows whose logits are held at a time
@@ -277,7 +277,7 @@ class _WindowPlan:
     @classmethod
     def of(cls, network: StudentNetwork, tokenizer: Tokenizer, config: PerplexityConfig) -> Self:
         longest = (longest_input(network.model.config) or math.inf) - (network.prompts is not None)
-        limits = (config.max_length or MOST_TOKENS, longest, tokenizer.hf.model_max_length)
+        limits = (config.max_length or DEFAULT_MAX_LENGTH, longest, tokenizer.hf.model_max_length)
         window = int(min(limits))
         special_count = len(tokenizer.prefix) + len(tokenizer.suffix)
         if window <= special_count + 1:

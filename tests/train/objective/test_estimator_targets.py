@@ -415,7 +415,7 @@ def test_a_mixture_of_all_kinds_is_their_mean(world, cache):
     def total(**term):
         found = objective(cache, task, **term)
         plan = found.plan(0)
-        own = found.select(batch, plan)
+        own = found.select_targets(batch, plan)
         return found.loss(student, own, found.counts(own, plan), plan, CPU).total
 
     parts = [["dense", "hidden", "random"], ["dense", "hidden", "topk-precise"]]
