@@ -226,7 +226,7 @@ def check_of_table(cell: Mapping[str, Any], config: CycleConfig) -> None:
     if "train" not in cell.get("settings", {}):  # older rows have no settings
         return
     settings = config.of_draw(cell["draw"]).model_dump(mode="json", by_alias=True)
-    both = [decisive_settings(one, config.texts) for one in (cell["settings"], settings)]
+    both = [decisive_settings(one, config.text_names) for one in (cell["settings"], settings)]
     for key, (here, planned) in differences(both, items=True).items():
         raise InputError(
             f"draw {cell['draw']}, {cell['task']}: it was run with {key} {here!r}, and the table's "

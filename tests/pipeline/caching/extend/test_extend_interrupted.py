@@ -205,7 +205,7 @@ def test_a_lost_shard_of_any_addition_is_made_again(tmp_path, make, much_grown, 
     assert {n.rpartition("/")[0] for n in lost} == {n.rpartition("/")[0] for n in whole}
     for name in lost:
         folder, _, unit = name.rpartition("/")
-        commit = ShardSet(LocalStore(path), folder).commit(unit)
+        commit = ShardSet(LocalStore(path), folder).read_record(unit)
         data = path / folder / commit.path
         if how == "record":
             data.unlink()
