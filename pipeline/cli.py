@@ -326,6 +326,7 @@ def compare(
             from rekindle.data.storage.atomic import write_text
 
             write_text(out, with_given_places(report_html(folders, comparison)))
+            say(f"page: {out}")
         values = comparison.as_dict()
         printed_text = (
             json.dumps(values) if as_json else verdict_above(folders) + as_text(comparison)
