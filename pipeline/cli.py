@@ -111,7 +111,10 @@ def schema(
         typer.Argument(metavar="[run|cycle]", help=("run: a run file; cycle: a file for rekindle")),
     ] = "run",
 ) -> None:
-    """Print the JSON Schema of a run file; editors use it to complete and check keys."""
+    """Print the JSON Schema of a run file; editors use it to complete and check keys. Save it
+    (``> run.schema.json``) and begin the run file with
+    ``# yaml-language-server: $schema=run.schema.json``.
+    """
     from rekindle.pipeline.schema import KINDS, file_schema
 
     if kind not in KINDS:
@@ -323,6 +326,7 @@ def compare(
             from rekindle.data.storage.atomic import write_text
 
             write_text(out, with_given_places(report_html(folders, comparison)))
+            say(f"page: {out}")
         values = comparison.as_dict()
         printed_text = (
             json.dumps(values) if as_json else verdict_above(folders) + as_text(comparison)

@@ -123,8 +123,10 @@ def usage_as_input_errors() -> Iterator[None]:
         yield
     except Exception as error:
         format_message = getattr(error, "format_message", None)
-        if format_message is None or type(error).__name__ == "NoArgsIsHelpError":
+        if format_message is None:
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":  # no command was given: its help is shown
+            raise SystemExit(2) from None
         typed = getattr(getattr(error, "ctx", None), "command_path", "pipeline")
         text = " ".join(format_message().split()).rstrip(".")
         raise InputError(f"{text}. `{typed} --help` shows what may be given") from None

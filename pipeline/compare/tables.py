@@ -63,9 +63,15 @@ def result_columns(comparison: Comparison) -> Iterator[Column]:
     for name in dict.fromkeys(name for run in runs for name in run.evaluation):
         if not name.startswith(PREFIX):  # domains have their own table
             yield Column(name, [formatted(run.evaluation.get(name), "{:.4f}") for run in runs])
-    for unit, title in (("sequences", "KD sequences"), ("positions", "KD tokens")):
-        cells = [formatted(_share_with_kd(run, unit), "{:.1%}") for run in runs]
-        yield Column(title, cells)
+    shares = {
+        title: [_share_with_kd(run, unit) for run in runs]
+        for unit, title in (("sequences", "KD sequences"), ("positions", "KD tokens"))
+    }
+    used = [title for title, values in shares.items() if any(values)]
+    for title in (
+        used or shares
+    ):  # without tokens' teachers, 0 % of the tokens would look like a fault
+        yield Column(title, [formatted(share, "{:.1%}") for share in shares[title]])
 
 
 def step_tables(comparison: Comparison) -> Iterator[Table]:

@@ -168,6 +168,14 @@ def test_ctrl_c_leaves_quickly_and_the_same_command_goes_on(run_file, tmp_path):
     assert json.loads(pipeline("verify", tmp_path / "cache", "--json").stdout)["sound"]
 
 
+def test_without_a_command_it_shows_its_help():
+    result = pipeline()
+    assert result.returncode == 2
+    assert "Usage: pipeline" in result.stdout
+    assert "cache-teachers" in result.stdout
+    assert not result.stderr
+
+
 def test_doctor_says_which_loss_runs_and_why():
     result = pipeline("doctor")
     assert result.returncode == 0

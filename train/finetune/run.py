@@ -33,6 +33,7 @@ from rekindle.train.finetune.classifier import (
     predict,
 )
 from rekindle.train.finetune.config import (
+    LEAST_STEPS,
     FinetuneConfig,
     learning_rate_factor,
     less_memory,
@@ -326,10 +327,16 @@ def _warning(job: _Job, seed: int, best: BestEpoch) -> str | None:
     if weak is None:
         return None
     score_text = f"{job.shown_metric} {best.scores[job.metric]:.4f}"
+    config, longer = job.config, f"train longer ({_longer(job, best)})"
+    rate = (
+        f"try another learning_rate (now {config.learning_rate:g}; often 1e-4 to 2e-4 for a small "
+        "model, 2e-5 for a large one)"
+    )
+    is_short = plan_steps(job.train_count, config)[0] < LEAST_STEPS
+    first, then = (longer, rate) if is_short else (rate, longer)
     line = (
-        f"warning: seed {seed}: {score_text} on dev {weak}. Try another learning_rate first (now "
-        f"{job.config.learning_rate:g}), then train longer ({_longer(job, best)}); or check that "
-        "the labels fit the texts"
+        f"warning: seed {seed}: {score_text} on dev {weak}. First {first}, then {then}; or check "
+        "that the labels fit the texts"
     )
     logger.warning(line)
     return line

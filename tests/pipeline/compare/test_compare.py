@@ -52,6 +52,19 @@ def test_the_table_shows_what_differs_and_marks_nothing_that_may_be_chance(write
     assert "*" not in text
 
 
+def test_tokens_that_no_expert_teaches_have_no_line(write):
+    """0 % of the tokens would look as if the distillation had not worked."""
+    run = write("a")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["coverage"]["positions_with_kd"] = 0
+    (run / "summary.json").write_text(json.dumps(summary))
+    shown = rows_of(as_text(compare_runs([run, write("b")]), 999))
+    assert shown["KD tokens"] == ["0.0%", "90.0%"]
+    shown = rows_of(as_text(compare_runs([run]), 999))
+    assert "KD sequences" in shown
+    assert "KD tokens" not in shown
+
+
 def test_json_has_everything(write):
     found = compare_runs([write("a", loss=4.0), write("b", seed=7)]).as_dict()
     assert found.keys() == KEYS

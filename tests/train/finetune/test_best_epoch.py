@@ -70,9 +70,12 @@ def test_what_is_kept_is_told_in_a_line(ended, told):
     assert describe_end(*ended) == told
 
 
+@pytest.mark.parametrize("is_short", [True, False])
 def test_a_result_that_learned_nothing_is_a_warning_and_one_that_did_is_none(
-    tmp_path, make_model, wordpiece, caplog
+    is_short, tmp_path, make_model, wordpiece, caplog, monkeypatch
 ):
+    if not is_short:
+        monkeypatch.setattr("rekindle.train.finetune.run.LEAST_STEPS", 1)
     model = str(make_model("bert", "AutoModelForMaskedLM", wordpiece))
     rows = [{"text": "a river", "label": "x"}] * 30 + [{"text": "the model", "label": "y"}] * 10
     path = tmp_path / "a.jsonl"
@@ -85,7 +88,11 @@ def test_a_result_that_learned_nothing_is_a_warning_and_one_that_did_is_none(
     assert [r.getMessage() for r in caplog.records if "warning" in r.getMessage()] == [line]
     assert "\n" not in line
     assert "that of always saying 'x'; next to nothing was learned" in line
-    assert "then train longer (--set max_steps=null);" in line  # more epochs would change nothing
+    longer = "train longer (--set max_steps=null)"  # more epochs would change nothing
+    rate = "try another learning_rate (now 1e-12; "
+    first, then = (longer, rate) if is_short else (rate, longer)
+    assert f"First {first}" in line
+    assert f"then {then}" in line
     written = json.loads((tmp_path / "weak" / "metrics.json").read_text())
     assert written["per_seed"][0]["warning"] == line
     quick = FinetuneConfig(epochs=6, learning_rate=1e-2)
