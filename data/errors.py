@@ -33,15 +33,15 @@ class ResumableError(InputError):
         self.settings = settings
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return the end of a message about an unknown ``name``: the nearest of the ``known`` ones,
-    ignoring case, or one that begins with it; "" if none is near.
+    ignoring case, or one that begins with it, after ``prefix``; "" if none is near.
     """
     by_lowercase = {one.casefold(): one for one in known}
     given = name.casefold()
     nearest = difflib.get_close_matches(given, by_lowercase, n=1, cutoff=_SIMILARITY)
     nearest = nearest or [one for one in by_lowercase if len(given) > 2 and one.startswith(given)]
-    return f"; did you mean {by_lowercase[nearest[0]]!r}?" if nearest else ""
+    return f"; did you mean {prefix + by_lowercase[nearest[0]]!r}?" if nearest else ""
 
 
 def first_words(error: BaseException, limit: int = 300) -> str:

@@ -9,7 +9,13 @@ import torch
 from rekindle.data.cores import cores
 from rekindle.data.storage.client import is_remote
 from rekindle.kernels.choice import TRITON_INSTALLED
-from rekindle.pipeline.checks.machine import check_disk, check_locks, check_memory, check_step
+from rekindle.pipeline.checks.machine import (
+    check_disk,
+    check_locks,
+    check_memory,
+    check_models,
+    check_step,
+)
 from rekindle.pipeline.config import RunConfig
 from rekindle.train.model.files import package_versions, place
 from rekindle.train.record.disk_room import free_bytes_near
@@ -33,6 +39,7 @@ def diagnose(config: RunConfig | None = None) -> dict[str, str]:
     folder = Path() if config is None or is_remote(config.cache.path) else Path(config.cache.path)
     facts["locks"] = check_locks(free_bytes_near(folder)[0])
     if config is not None:
+        facts["models"] = check_models(config)
         facts["disk"] = check_disk(config)
         facts |= {f"memory, {name}": summary for name, summary in check_memory(config)}
     return facts

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.errors import naming
+from rekindle.data.hub.names import may_be_hub_id
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.manifest import MANIFEST
 from rekindle.data.storage.store import LocalStore
@@ -20,7 +21,6 @@ from rekindle.pipeline.describing.encoders import find_teacher
 from rekindle.pipeline.progress import SILENT
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.config import StudentConfig
-from rekindle.train.model.folder import HUB_ID
 from rekindle.train.model.headers import check_teacher_files
 from rekindle.train.objective.terms import check_terms
 from rekindle.train.prepare import load_checked_tokenizer
@@ -48,10 +48,7 @@ def _is_elsewhere(model: str) -> bool:
     """Return whether a student may be on the hub, from where it is not fetched to cache teachers,
     or is made by an earlier stage.
     """
-    if references(model):
-        return True
-    path = Path(model).expanduser()
-    return not path.exists() and not path.is_absolute() and HUB_ID.match(model) is not None
+    return bool(references(model)) or may_be_hub_id(model)
 
 
 def rehearse(config: RunConfig, teachers: Sequence[TeacherConfig], store: Store) -> None:

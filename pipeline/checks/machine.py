@@ -12,11 +12,14 @@ from pathlib import Path
 
 import torch
 
+from rekindle.data.corpus.tokenizer_files import is_gguf
 from rekindle.data.counted import shown_bytes
 from rekindle.data.errors import InputError
+from rekindle.data.hub.names import may_be_hub_id, no_such_model
 from rekindle.data.storage.client import is_remote
 from rekindle.kernels.losses import linear_kd_loss
-from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.builtin.missing import missing
+from rekindle.pipeline.config import RunConfig, references
 from rekindle.pipeline.describing.encoders import find_teacher
 from rekindle.pipeline.plan.figures import RunPlan
 from rekindle.pipeline.plan.run import plan_run
@@ -57,6 +60,22 @@ def _plans(config: RunConfig) -> list[RunPlan]:
     if not config.stages:
         return [plan_run(config, probe=False)]
     return [one.plan for one in plan_staged_run(config, probe=False) if one.plan is not None]
+
+
+def check_models(config: RunConfig) -> str:
+    """Check that every model the run names is here, or is made by then, or may be on the hub."""
+    models = {f"teacher {one.name!r}": one.model for one in config.teachers if one.served is None}
+    if config.student is not None:
+        models["student"] = config.student.model
+    problems = [
+        f"{subject}: {no_such_model(model)}"
+        for subject, model in models.items()
+        if not (Path(model).expanduser().is_dir() or is_remote(model) or is_gguf(model))
+        and not (references(model) or missing(model) or may_be_hub_id(model))
+    ]
+    if problems:
+        return PROBLEM + "; ".join(problems)
+    return "each is a place that exists or is made when needed, or may be an id on the hub"
 
 
 def check_memory(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,7 @@ from rekindle.data.targets.reading.files import is_described
 from rekindle.data.targets.reading.hard_masks import HardMaskedView, hard_tokens
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.base import StoredView
+from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.caching.first_checks import check_files
 from rekindle.pipeline.caching.hard_view import mask_teacher
 from rekindle.pipeline.caching.teachers import TeacherPlan, slow_pass_warning
@@ -84,7 +85,8 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
         plans = plan_local_teachers(config, survey, views, is_required=probe)
         teachers = plan_all_teachers(config, plans, survey, views, probe)
         slow = _slow_precision_warnings(config, survey, plans, teachers)
-        warnings = (*survey.warnings, *_corpus_warnings(config, survey, views), *slow)
+        unseen = _unseen_warnings(config, plans, teachers)
+        warnings = (*unseen, *survey.warnings, *_corpus_warnings(config, survey, views), *slow)
     return Surveyed(corpus, view_plans, teachers, warnings)
 
 
@@ -108,6 +110,18 @@ def _corpus_warnings(config: RunConfig, survey: CorpusSurvey, views: Views) -> l
     if config.student is not None and not survey.estimated:
         warnings += describe_too_few(config.train, survey.sequences)
     return warnings
+
+
+def _unseen_warnings(
+    config: RunConfig, plans: Sequence[TeacherPlan | None], works: Sequence[TeacherWork]
+) -> list[str]:
+    """Return the warnings about teachers with work to do whose models could not be looked at."""
+    return [
+        f"teacher {teacher.name!r} is planned without its model, {teacher.model}: whether it can "
+        "teach on this corpus is not known"
+        for teacher, plan, work in zip(config.teachers, plans, works, strict=True)
+        if plan is None and work.units_to_make and not missing(teacher.model)
+    ]
 
 
 def _slow_precision_warnings(

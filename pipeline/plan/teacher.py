@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rekindle.data.corpus.config import gap_ids
 from rekindle.data.corpus.tokenizer_files import is_gguf
+from rekindle.data.hub.names import may_be_hub_id
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
@@ -34,7 +35,7 @@ from rekindle.pipeline.plan.work import (
 from rekindle.pipeline.served.client import ServerAwayError
 from rekindle.pipeline.served.config import ServedConfig
 from rekindle.pipeline.teacher_config import TeacherConfig
-from rekindle.train.model.folder import HUB_ID, resolve_model
+from rekindle.train.model.folder import resolve_model
 from rekindle.train.order.domains import check_domains
 
 
@@ -211,7 +212,7 @@ def local_model(
         return None
     if is_gguf(model) and not path.is_file() and not is_required:
         return None
-    if not path.is_absolute() and HUB_ID.match(model):
+    if may_be_hub_id(model):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -19,7 +19,8 @@ SECONDS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))
 
 def format_plan(plan: RunPlan) -> str:
     """Return the text of a plan."""
-    lines = [f"corpus {', '.join(plan.corpus.source)}: {_corpus_text(plan.corpus)}"]
+    lines = [f"warning: {warning}" for warning in plan.warnings]
+    lines.append(f"corpus {', '.join(plan.corpus.source)}: {_corpus_text(plan.corpus)}")
     for view in plan.views:
         to_make, bound_text = (
             counted(view.units_to_make, "unit"),
@@ -54,7 +55,6 @@ def format_plan(plan: RunPlan) -> str:
     for builtin in plan.to_make:
         unknown = f"; not known without it: {', '.join(builtin.unknown)}" if builtin.unknown else ""
         lines.append(f"  {builtin.name}: {builtin.what}{unknown}")
-    lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join([*head, *wrapped(lines)]) + "\n"
 
 

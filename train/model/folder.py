@@ -17,6 +17,7 @@ from typing import Any
 
 from rekindle.data.corpus.tokenizer_files import has_tokenizer_files, is_gguf
 from rekindle.data.errors import InputError, first_words
+from rekindle.data.hub.names import may_be_hub_id, no_such_model
 from rekindle.data.storage.client import is_remote
 from rekindle.data.storage.folders import folder_copy
 from rekindle.data.text_files import refuse_pointer
@@ -25,7 +26,6 @@ from rekindle.train.outside.gguf import folder_of_gguf
 
 log = logging.getLogger("rekindle")
 
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 CONFIG_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -77,12 +77,8 @@ def resolve_model(path_or_id: str, check: Callable[[Path], None] | None = None) 
     if path.is_dir():
         (check or check_folder)(path)
         return path
-    if path.exists() or path.is_absolute() or not HUB_ID.match(path_or_id):
-        problem = "is a file" if path.is_file() else "no such directory (and not a hub id)"
-        raise InputError(
-            f"model {path_or_id!r}: {problem}; give a directory written by save_pretrained, or an "
-            "id that is on the hub"
-        )
+    if not may_be_hub_id(path_or_id):
+        raise no_such_model(path_or_id)
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]

@@ -245,6 +245,23 @@ def test_a_model_that_is_not_here(tmp_path, configure, teachers, made):
         assert "at least" in " ".join(format_plan(found).split())  # lines are wrapped
 
 
+def test_a_teacher_whose_model_cannot_be_looked_at_is_warned_of_first(
+    tmp_path, configure, teachers, monkeypatch
+):
+    """An id on the hub is one as long as no folder here has the owner's name."""
+    monkeypatch.chdir(tmp_path)
+    config = configure(tmp_path / "cache", [teachers[0] | {"model": "nobody/no-such-model"}])
+    found = plan_run(config)
+    assert found.warnings[0] == (
+        f"teacher {teachers[0]['name']!r} is planned without its model, nobody/no-such-model: "
+        "whether it can teach on this corpus is not known"
+    )
+    assert format_plan(found).startswith("warning: teacher ")
+    (tmp_path / "nobody").mkdir()
+    with pytest.raises(InputError, match=r"not a hub id.*as hf://nobody/no-such-model"):
+        plan_run(config)
+
+
 def test_labels_are_known_from_the_cache(tmp_path, configure, teachers):
     cache_teachers(configure(tmp_path, teachers[3:4]))
     (tmp_path / "targets/classes/commits/00001.json").unlink()

@@ -41,6 +41,10 @@ def _with_nan(name: str):
     return spoil
 
 
+def _experts(place: Place) -> None:
+    (place / "experts/topics").mkdir(parents=True)
+
+
 def _index(place: Place) -> None:
     place.drop("expert/model.safetensors")
     names = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
@@ -50,6 +54,22 @@ def _index(place: Place) -> None:
 FOLDERS = (
     Bad("no such teacher", f"{NEW} --set teachers.0.model=nowhere", "teacher 'lm': model 'nowhere'",
         "is not a local directory and cannot be loaded from the hub", SAVED),
+    Bad("a mistyped folder of a teacher", f"{NEW} --set teachers.0.model=experts/topic",
+        "teacher 'lm': model 'experts/topic': no such directory",
+        "not a hub id, because a folder experts is here", "did you mean 'experts/topics'?",
+        _experts),
+    Bad("a mistyped folder of a teacher to plan",
+        "plan run.yaml --set cache.path=new --set teachers.0.model=experts/topic",
+        "teacher 'lm': model 'experts/topic': no such directory",
+        "not a hub id, because a folder experts is here", "did you mean 'experts/topics'?",
+        _experts),
+    Bad("a mistyped folder of a teacher to check",
+        "doctor run.yaml --set teachers.0.model=experts/topic",
+        "teacher 'lm': model 'experts/topic': no such directory",
+        "not a hub id, because a folder experts is here", "did you mean 'experts/topics'?",
+        _experts),
+    Bad("a mistyped path of a student to check", "doctor run.yaml --set student.model=./lmm",
+        "student: model './lmm': no such directory", "not a hub id", "did you mean 'lm'?"),
     Bad("no such student", f"{TRAIN} --set student.model=nowhere", "model 'nowhere'",
         "is not a local directory and cannot be loaded from the hub", SAVED),
     Bad("no such model to fine-tune",
