@@ -103,6 +103,7 @@ def test_a_sweep_and_its_comparison(run_file, tmp_path, monkeypatch):
     runs = json.loads(found.stdout)["runs"]
     assert [run["settings"] for run in runs] == [{temperature: 1.0}, {temperature: 2.0}]
     assert names[2] in page.read_text()
+    assert found.stderr.splitlines()[-1] == f"page: {page}"
 
     given = (*options, "--sweep", f"{temperature}=1,2", "--sweep", "train.seed=0,1")
     fails(pipeline(*given), 2, "not empty", "--resume")
