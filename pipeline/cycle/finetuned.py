@@ -17,7 +17,12 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rekindle.data.errors import CheckpointError
-from rekindle.train.finetune.config import FORMER_FIELDS, TaskSettings, fill_former_defaults
+from rekindle.train.finetune.config import (
+    FORMER_FIELDS,
+    NOT_DECISIVE,
+    TaskSettings,
+    fill_former_defaults,
+)
 from rekindle.train.finetune.result import RESULT_FILE, WRITER, FinetuneResult, best_of
 from rekindle.train.ranking.kinds import RANKING
 from rekindle.train.record.run_folder import read_record
@@ -229,7 +234,7 @@ def budget_of(one: FineTuned, searched: Collection[str] = ()) -> dict[str, objec
     """
     names = ("problem", "label_names", "metric", "seeds")
     # How the files were read shows in what was read; older results do not have these settings.
-    left_out = {*searched, *TaskSettings.model_fields, *FORMER_FIELDS}
+    left_out = {*searched, *TaskSettings.model_fields, *FORMER_FIELDS, NOT_DECISIVE}
     settings = {key: value for key, value in one.budget.items() if key not in left_out}
     # The setting may be "auto"; if it was searched, arms may have chosen differently.
     precision = {} if "precision" in searched else {"precision in use": one.precision}

@@ -29,6 +29,7 @@ from rekindle.pipeline.cycle.finetuned import (
     read_json,
 )
 from rekindle.pipeline.cycle.sections import point_name
+from rekindle.train.finetune.config import NOT_DECISIVE
 from rekindle.train.finetune.result import RESULT_FILE
 from rekindle.train.record.run_folder import differences
 
@@ -144,12 +145,13 @@ def _describe_point(grid: Grid, point: Sequence[object]) -> str:
 # --- searches made in another folder --------------------------------------------------------------
 
 # Keys that may differ in another folder: paths (the content of the files is compared), and keys
-# that only affect rounding and the random dropout. It may also have fewer arms.
+# that only affect rounding and the random dropout, or nothing. It may also have fewer arms.
 _IGNORED_KEYS = (
     *("about", "arms", "label_draws", "cache.path", "corpus.on_bad_record"),
     *("corpus.tokenizer", "student.model", "experts.model", "train.micro_batch_sequences"),
+    *(f"finetune.{NOT_DECISIVE}", f"experts.finetune.{NOT_DECISIVE}"),
 )
-_IGNORED_TASK_KEYS = ("about", "train", "dev", "test")
+_IGNORED_TASK_KEYS = ("about", "train", "dev", "test", f"finetune.{NOT_DECISIVE}")
 _COMPARED_FACTS = ("metric", "regression", "pairs", "train", "dev", "test")
 
 

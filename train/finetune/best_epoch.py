@@ -43,6 +43,10 @@ class BestEpoch:
                 for name, value in model.state_dict().items()
             }
 
+    def skip(self) -> None:
+        """Take the next epoch, which is not scored, so it is not kept."""
+        self.last += 1
+
     @property
     def ran_out(self) -> bool:
         """Return whether the seed ends, after ``patience`` epochs that were no better."""

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from rekindle.data.errors import InputError
 from rekindle.data.former import FormerDefault
@@ -173,6 +173,12 @@ class FinetuneConfig(TaskSettings):
         f"auto: a third of the epochs, at least {_PATIENCE}; null: never, and the last epoch is "
         "kept",
     )
+    evaluate_every: int = Field(
+        1,
+        ge=1,
+        description="epochs from one scoring of dev to the next, for a large dev; after the last "
+        "one it is always scored. More than 1 needs patience: null, as its scores choose nothing",
+    )
     head: str | None = Field(
         None,
         description="for a student: the task head to continue from, which must have the same "
@@ -181,6 +187,16 @@ class FinetuneConfig(TaskSettings):
     merge: MergeConfig | None = Field(
         None, description="epochs: 0: also score other experts, and all ways to merge them"
     )
+
+    @model_validator(mode="after")
+    def _check_patience(self) -> Self:
+        if self.evaluate_every > 1 and self.patience is not None:
+            raise ValueError(
+                f"patience ({self.patience}) chooses the best epoch by dev, which is scored only "
+                f"every {self.evaluate_every} epochs (evaluate_every): set patience to null to "
+                "keep the last epoch, or leave evaluate_every out"
+            )
+        return self
 
     def epochs_of(self, rows: int) -> int:
         """Return the number of passes over ``rows`` examples, if nothing ends them earlier."""
@@ -219,9 +235,12 @@ def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> f
     return 1.0 if schedule == "constant" else (total - step) / (total - warmup)
 
 
+NOT_DECISIVE = "evaluate_every"  # the setting that no model and no final score depends on
+
 # What older versions trained with.
 _FORMER_DEFAULTS = {"betas": [0.9, 0.999], "eps": 1e-8}
 _FORMER_DEFAULTS |= {"group_field": None, "loss": "listwise", "grade_temperature": 1.0}
+_FORMER_DEFAULTS |= {NOT_DECISIVE: 1}
 
 
 def fill_former_defaults(recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class SeedResult:
     seed: int
     scores: dict[str, float]
     test_scores: dict[str, float] | None
-    epochs: list[dict[str, object]]  # epoch, steps so far, mean train loss, dev scores
+    epochs: list[dict[str, object]]  # epoch, steps so far, mean train loss, dev scores or None
     seconds: float
     kept_epoch: int | None = None  # from 1; None: nothing was trained, or by an older version
     planned_epochs: int | None = None

@@ -296,10 +296,15 @@ def _run_seed(
                     mean_loss = _finite(loss_sum.item() / number, seed, step)
                     line = f"seed {seed}  epoch {epoch + 1}/{max_epochs}  loss {mean_loss:.4f}"
                     progress.step(bar, step, line)
-            scores, dev_logits = score_split("dev")
+            scores = None
+            if step == total or (epoch + 1) % config.evaluate_every == 0:
+                scores, dev_logits = score_split("dev")
+                best.update(job.metric, scores, dev_logits, model)
+                line += f"  dev {job.shown_metric} {scores[job.metric]:.4f}"
+            else:
+                best.skip()
+            progress.tell(line)
             epochs.append({"epoch": epoch + 1, "steps": step, "loss": mean_loss, "scores": scores})
-            progress.tell(f"{line}  dev {job.shown_metric} {scores[job.metric]:.4f}")
-            best.update(job.metric, scores, dev_logits, model)
             if step == total or best.ran_out:
                 early_reason = PATIENCE if best.ran_out and step < total else MAX_STEPS
                 end_reason = DONE if epoch + 1 == max_epochs else early_reason

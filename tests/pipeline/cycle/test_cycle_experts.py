@@ -401,7 +401,10 @@ def test_a_search_that_is_not_finished_is_not_taken_over(values, tmp_path, nothi
 
 
 def test_a_folder_that_takes_a_search_over_has_all_of_it(whole, values, tmp_path, nothing_runs):
-    config, file = config_of(values, **MANY), whole[0] / "search.json"
+    task = values["tasks"][0] | {"finetune": {"evaluate_every": 2}}  # as nothing depends on it
+    file = whole[0] / "search.json"
+    finetuning = values["finetune"] | {"evaluate_every": 3}
+    config = config_of(values, **MANY, finetune=finetuning, tasks=[task])
     results = run_cycle(config, tmp_path, draw=1, searched=file)
     own, known = (home / "draws" / "0" for home in (tmp_path, whole[0]))
     for arm in ("expert", "start", "committee"):

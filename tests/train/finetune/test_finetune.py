@@ -229,6 +229,32 @@ def test_the_last_epoch_is_kept_unless_patience_is_set(tmp_path, bert, monkeypat
     assert all(torch.equal(saved[name], kept[2][name]) for name in saved)
 
 
+@pytest.mark.parametrize(("limit", "scored"), [({"epochs": 5}, [3, 5]), ({"max_steps": 8}, [3, 4])])
+def test_the_model_is_the_same_however_often_dev_is_scored(tmp_path, bert, limit, scored):
+    train, dev = task(tmp_path, single, (32, 20))
+    results = []
+    for every in (1, 3):
+        config = FinetuneConfig(
+            **{"epochs": 9} | limit, batch_size=16, patience=None, evaluate_every=every
+        )
+        out = tmp_path / f"every-{every}"
+        results.append(finetune(bert, train, dev, str(out), test=dev, config=config))
+    both = [tmp_path / f"every-{every}" for every in (1, 3)]
+    for name in ("model.safetensors", "predictions.jsonl"):
+        assert both[0].joinpath(name).read_bytes() == both[1].joinpath(name).read_bytes()
+    whole, some = (one.per_seed[0] for one in results)
+    assert (some.scores, some.test_scores) == (whole.scores, whole.test_scores)
+    assert (some.kept_epoch, some.stopped) == (whole.kept_epoch, whole.stopped)
+    expected = [one if one["epoch"] in scored else one | {"scores": None} for one in whole.epochs]
+    assert some.epochs == expected
+    assert results[1].kept_model == results[0].kept_model
+
+
+def test_a_dev_that_is_not_scored_after_each_epoch_chooses_none():
+    with pytest.raises(ValueError, match=r"patience \(auto\) chooses .* set patience to null"):
+        FinetuneConfig(evaluate_every=2)
+
+
 # ---- what is written, and what is left alone -----------------------------------------------------
 
 
