@@ -272,7 +272,7 @@ def _run_seed(
         total, warmup = plan_steps(job.train_count, config, batch_count)
         best = BestEpoch(config.patience_of(max_epochs))
         bar = progress.add_task(f"seed {seed}", total=total)
-        step, end_reason, epochs = 0, DONE, []
+        step, end_reason, epochs = 0, DONE, list[dict[str, object]]()
         for epoch in range(max_epochs):
             batches = job.batches(seed, epoch)[: total - step]
             loss_sum = torch.zeros((), device=job.device)
