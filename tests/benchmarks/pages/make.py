@@ -24,6 +24,7 @@ sys.path[:0] = [str(HERE), str(BENCHMARKS.parent / "lib")]
 import cycle_page  # noqa: E402
 import of_real_model  # noqa: E402
 import pictures  # noqa: E402
+import why_page  # noqa: E402
 from of_rows import results_of  # noqa: E402
 from record import plan_of, read_rows  # noqa: E402
 
@@ -130,6 +131,13 @@ def of_cells(table: str, picture: str = "") -> Generated:
     return Generated({"measured": cycle_page.measured(picture, config, rows)}, svgs)
 
 
+def with_reasons(table: str) -> Generated:
+    """Return the page of a table whose cells were looked into by few_labels/why.py."""
+    made = of_cells(table)
+    reasons = {"why": why_page.why(table, why_page.read_rows())}
+    return Generated({**made.regions, **reasons}, made.pictures)
+
+
 def _differences(results: CycleResults) -> str:
     return pictures.differences(
         results.differences, list(results.metrics), [results.base, "mlm", "longer"]
@@ -166,8 +174,8 @@ MAKERS: dict[str, Callable[[], Generated]] = {
     "glue": glue,
     "muki_clinc150": muki_clinc150,
     "real_model": real_model,
-    "few_labels": lambda: of_cells("few_labels"),
-    "small_expert": lambda: of_cells("small_expert"),
+    "few_labels": lambda: with_reasons("few_labels"),
+    "small_expert": lambda: with_reasons("small_expert"),
     "RESULTS": state,
     "README": readme,
 }

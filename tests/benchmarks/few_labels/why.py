@@ -1,0 +1,300 @@
+r"""Looks for why a guided student is (not) above its expert: four curves for each finished cell.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/few_labels/why.py runs/few-trec-3 --bf16
+
+Run in the folder of few_labels.yaml, whose paths are relative. Each measured point is a line of
+``why.jsonl`` beside this file; a recorded one is skipped. All use the experts of the cell, and its
+settings of fine-tuning:
+
+- teachers: the accuracy of each seed of the expert and of their mean, on the task's own text (the
+  rows that are in no split of the cell; their labels are used here only) and on test;
+- agreement: how often each student answers test as its teacher does, and how often it is right
+  where the teacher is right, and where it is wrong;
+- temperature: students of the committee at other temperatures;
+- texts: students of the committee that have seen fewer of the texts, in the same number of steps.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+ROWS = HERE / "why.jsonl"
+SEEDS = 3
+TEMPERATURES = (1.0, 2.0, 4.0)
+SHARES = (0.125, 0.25, 0.5)  # all of them: the point of temperature 1
+TAUGHT = {"pseudo": "expert", "kd": "expert", "both": "expert", "committee": "committee"}
+LABELLED = {  # of each task's unlabelled text: a file with its labels, and the fields of its text
+    "trec": ("shared/data/cls/trec6_train.jsonl", ("text",)),
+    "clinc": ("data/few_labels/clinc_train.jsonl", ("text",)),
+    "sst2": ("shared/data/glue/sst2_train.jsonl", ("sentence1",)),
+    "mrpc": ("shared/data/glue/mrpc_train.jsonl", ("sentence1", "sentence2")),
+}
+
+Row = dict[str, Any]
+
+
+def read(path: str | Path) -> list[Row]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+class Cell:
+    """A finished cell: one task in one draw, in a folder of `pipeline rekindle`."""
+
+    def __init__(self, run: Path, work: Path, bf16: bool):
+        (self.home,) = (one for one in (run / "draws").iterdir() if (one / "experts").exists())
+        self.run = run
+        (self.task,) = (one.name for one in (self.home / "experts").iterdir())
+        self.draw, self.work, self.bf16 = int(self.home.name), work, bf16
+        work.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def about(self) -> Row:
+        """Return what names the cell in each of its rows."""
+        return {"cells": self.run.name.split("-")[0], "task": self.task, "draw": self.draw}
+
+    @property
+    def experts(self) -> list[Path]:
+        return [self.home / "experts" / self.task / "seeds" / f"seed-{k}" for k in range(SEEDS)]
+
+    def split(self, name: str) -> Path:
+        return self.home / "tasks" / self.task / f"{name}.jsonl"
+
+    def pipeline(self, *words: object) -> None:
+        command = [str(HERE / "bf16_cpu.py")] if self.bf16 else ["-m", "rekindle.pipeline.cli"]
+        subprocess.run([sys.executable, *command, *map(str, words)], check=True)
+
+    def answers(self, model: Path, rows: Path, head: str | None = None) -> list[Row]:
+        """Return the model's answers to a file of labelled rows, asked once."""
+        name = "-".join([*model.parts[-4:], rows.stem, *([head] if head else [])])
+        out = self.work / f"{name}.jsonl"
+        if not out.exists():
+            heads = ["--head", head] if head else []
+            fields = [word for one in text_fields(rows) for word in ("--text-field", one)]
+            self.pipeline("evaluate", model, "--test", rows, "--out", out, *heads, *fields[:2])
+        return read(out)
+
+    def unlabelled(self) -> Path:
+        """Return a file of the rows of the text that are in no split, with their labels."""
+        out = self.work / "text.jsonl"
+        if not out.exists():
+            path, fields = LABELLED[self.task]
+            splits = [one for name in ("train", "dev", "test") for one in read(self.split(name))]
+            names = text_fields(self.split("test"))
+            known = {tuple(one[name].strip() for name in names) for one in splits}
+            wanted = None
+            if self.task == "sst2":
+                texts = read("data/few_labels/sst2_unlabelled.jsonl")
+                wanted = {(one["text"].strip(),) for one in texts}
+            with out.open("w", encoding="utf-8") as file:
+                for row in read(path):
+                    key = tuple(row[field].strip() for field in fields)
+                    if key not in known and (wanted is None or key in wanted):
+                        known.add(key)
+                        values = dict(zip(names, (row[field] for field in fields), strict=True))
+                        file.write(json.dumps(values | {"label": row["label"]}) + "\n")
+        return out
+
+    def finetuning(self) -> list[str]:
+        """Return the settings of the committee's fine-tuning, as options."""
+        path = self.home / "fine-tuned" / "committee" / self.task / "metrics.json"
+        config = json.loads(path.read_text())["config"]
+        keys = ("epochs", "batch_size", "learning_rate", "max_length", "positive")
+        return [f"--set={key}={config[key]}" for key in keys if config[key] is not None]
+
+
+def text_fields(rows: Path) -> list[str]:
+    with rows.open(encoding="utf-8") as file:
+        fields = json.loads(file.readline()).keys()
+    return [one for one in ("text", "sentence1", "sentence2") if one in fields]
+
+
+def labels(answers: Sequence[Row]) -> list[str]:
+    return [str(one["label"]) for one in answers]
+
+
+def given(answers: Sequence[Row]) -> list[str]:
+    return [str(one["given_label"]) for one in answers]
+
+
+def share(one: Sequence[str], other: Sequence[str]) -> float:
+    """Return the share of places where two lists are equal."""
+    return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
+
+
+def committee_labels(members: Sequence[Sequence[Row]]) -> list[str]:
+    """Return the classes of the mean of the members' probabilities."""
+    classes = []
+    for rows in zip(*members, strict=True):
+        names = rows[0]["probabilities"]
+        means = {one: sum(row["probabilities"][one] for row in rows) for one in names}
+        classes.append(max(means, key=lambda one: means[one]))
+    return classes
+
+
+def teachers(cell: Cell) -> Iterator[tuple[str, Row]]:
+    """Yield a row for each seed, and one for the mean of all."""
+    seen = {
+        name: [cell.answers(expert, rows) for expert in cell.experts]
+        for name, rows in (("text", cell.unlabelled()), ("test", cell.split("test")))
+    }
+    for seed in range(SEEDS):
+        yield (
+            f"seed {seed}",
+            {name: share(labels(of[seed]), given(of[seed])) for name, of in seen.items()},
+        )
+    yield (
+        "committee",
+        {name: share(committee_labels(of), given(of[0])) for name, of in seen.items()},
+    )
+
+
+def agreement(cell: Cell) -> Iterator[tuple[str, Row]]:
+    """Yield a row for each taught student, with its own head and fine-tuned again."""
+    test = cell.split("test")
+    members = [cell.answers(expert, test) for expert in cell.experts]
+    expert = cell.answers(cell.home / "experts" / cell.task, test)
+    teacher_labels = {"expert": labels(expert), "committee": committee_labels(members)}
+    truth = given(expert)
+    for arm, teacher in TAUGHT.items():
+        student = cell.home / "students" / f"{arm}-{cell.task}"
+        finetuned = cell.home / "fine-tuned" / arm / cell.task
+        asked = {f"{arm} (own head)": (student, head_of(student)), arm: (finetuned, None)}
+        for name, (model, head) in asked.items():
+            yield (
+                name,
+                compared(labels(cell.answers(model, test, head)), truth, teacher_labels[teacher]),
+            )
+
+
+def compared(answered: Sequence[str], truth: Sequence[str], taught: Sequence[str]) -> Row:
+    """Return the accuracy of answers, their agreement with the teacher's, and the accuracy where
+    the teacher is right, and where it is wrong.
+    """
+    rows = list(zip(answered, truth, taught, strict=True))
+
+    def accuracy(teacher_right: bool) -> float | None:
+        some = [a == t for a, t, by in rows if (by == t) is teacher_right]
+        return sum(some) / len(some) if some else None
+
+    return {
+        "test": share(answered, truth),
+        "teacher": share(taught, truth),
+        "agreement": share(answered, taught),
+        "where_right": accuracy(True),
+        "where_wrong": accuracy(False),
+    }
+
+
+def head_of(student: Path) -> str:
+    """Return the name of a student's only head."""
+    (name,) = json.loads((student / "rekindle_student.json").read_text())["heads"]
+    return str(name)
+
+
+def students(cell: Cell, recorded: set[str]) -> Iterator[tuple[str, str, Row]]:
+    """Yield (curve, point, row) of students trained here."""
+    wanted = [("temperature", one, 1.0) for one in TEMPERATURES]
+    wanted += [("texts", 1.0, one) for one in SHARES]
+    for curve, temperature, part in wanted:
+        point = str(temperature if curve == "temperature" else part)
+        if f"{curve} {point}" not in recorded:
+            yield curve, point, trained(cell, temperature, part)
+
+
+def trained(cell: Cell, temperature: float, part: float) -> Row:
+    """Return the scores of a committee's student at a temperature, on a share of the texts."""
+    path = cell.home / "students" / f"committee-{cell.task}.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    summary = json.loads((path.with_suffix("") / "summary.json").read_text())
+    config["teachers"] = [
+        {
+            "name": f"{cell.task}.{seed}",
+            "model": str(expert),
+            "task": "sequence_classification",
+            "targets": {"temperatures": list(TEMPERATURES)},
+        }
+        for seed, expert in enumerate(cell.experts)
+    ]
+    if part < 1:
+        texts = json.loads((cell.home / "cache" / cell.task / "corpus" / "corpus.json").read_text())
+        config["corpus"]["limit_sequences"] = round(part * texts["sequences"])
+    config["cache"]["path"] = str(cell.work / f"cache-{part}")
+    config["train"] |= {"epochs": None, "steps": summary["steps"], "keep_checkpoints": 1}
+    config["train"]["objective"]["distill"][0]["temperature"] = temperature
+    name = f"student-{temperature}-{part}"
+    run = cell.work / f"{name}.yaml"
+    run.write_text(yaml.safe_dump(config), encoding="utf-8")
+    student = cell.work / name
+    cell.pipeline("cache-teachers", run)
+    cell.pipeline("train-student", run, "--out", student, *["--resume"] * student.exists())
+    test = cell.split("test")
+    own = cell.answers(student, test, head_of(student))
+    finetuned = cell.work / f"{name}-finetuned"
+    if not finetuned.exists():
+        splits = ["--train", cell.split("train"), "--dev", cell.split("dev")]
+        fields = [word for one in text_fields(test) for word in ("--text-field", one)]
+        cell.pipeline("finetune", student, *splits, "--out", finetuned, *fields, *cell.finetuning())
+    members = [cell.answers(expert, test) for expert in cell.experts]
+    taught = committee_labels(members)
+    again = cell.answers(finetuned, test)
+    return {
+        "own head": compared(labels(own), given(own), taught),
+        "fine-tuned": compared(labels(again), given(own), taught),
+        "steps": summary["steps"],
+    }
+
+
+def origin() -> Mapping[str, str]:
+    """Return this machine, the commit and the day, as the cells' rows have them."""
+    spec = spec_from_file_location("record", HERE.parent / "pages" / "record.py")
+    assert spec is not None
+    assert spec.loader is not None
+    record = module_from_spec(spec)
+    sys.modules["record"] = record
+    spec.loader.exec_module(record)
+    return vars(record.Origin.here())
+
+
+def recorded_rows(cell: Cell) -> list[Row]:
+    """Return the recorded rows of a cell."""
+    rows = read(ROWS) if ROWS.exists() else []
+    return [row for row in rows if cell.about.items() <= row.items()]
+
+
+def write(cell: Cell, curve: str, point: str, row: Row) -> None:
+    """Record a point."""
+    precision = "bf16" if cell.bf16 else "auto"
+    line = cell.about | {"curve": curve, "point": point} | row | {"precision": precision}
+    with ROWS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line | dict(origin())) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished cells")
+    parser.add_argument("--work", type=Path, default=Path("why"), help="for students and answers")
+    parser.add_argument("--bf16", action="store_true", help="as bf16_cpu.py runs cells")
+    parser.add_argument("--no-students", action="store_true", help="train nothing")
+    arguments = parser.parse_args()
+    for run in arguments.runs:
+        cell = Cell(run.resolve(), (arguments.work / run.name).resolve(), arguments.bf16)
+        recorded = {f"{row['curve']} {row['point']}" for row in recorded_rows(cell)}
+        for curve, rows in (("teachers", teachers), ("agreement", agreement)):
+            if not any(one.startswith(curve) for one in recorded):
+                for point, row in [*rows(cell)]:
+                    write(cell, curve, point, row)
+        if not arguments.no_students:
+            for curve, point, row in students(cell, recorded):
+                write(cell, curve, point, row)
+
+
+if __name__ == "__main__":
+    main()
