@@ -8,6 +8,7 @@ import torch
 
 from rekindle.data.cores import cores
 from rekindle.data.storage.client import is_remote
+from rekindle.data.versions import package_versions
 from rekindle.kernels.choice import TRITON_INSTALLED
 from rekindle.pipeline.checks.machine import (
     check_disk,
@@ -17,7 +18,7 @@ from rekindle.pipeline.checks.machine import (
     check_step,
 )
 from rekindle.pipeline.config import RunConfig
-from rekindle.train.model.files import package_versions, place
+from rekindle.train.model.files import place
 from rekindle.train.record.disk_room import free_bytes_near
 
 

@@ -27,6 +27,7 @@ from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS, kind_of
 from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.versions import package_versions
 from rekindle.data.views.pairs import RECORD
 from rekindle.data.views.reader import shown_view
 from rekindle.pipeline.caching.in_flight import transfer_to
@@ -54,7 +55,6 @@ from rekindle.train.model.files import (
     load_config,
     load_model,
     longest_input,
-    package_versions,
     place,
     weights_fingerprint,
 )

@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 
 from rekindle.data.cache import Cache
 from rekindle.data.settings import parse_settings
+from rekindle.data.versions import package_versions
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.train_student import train_from_config
@@ -47,7 +48,6 @@ from rekindle.train.finetune.config import ComparisonFinetuneConfig
 from rekindle.train.finetune.merge_baselines import merged_probabilities
 from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.model.files import package_versions
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.objective.label_union import LabelUnion
 from rekindle.train.outside.quiet import quiet_transformers
