@@ -8,7 +8,6 @@ import torch
 
 from rekindle.data.cores import cores
 from rekindle.data.storage.client import is_remote
-from rekindle.data.versions import package_versions
 from rekindle.kernels.choice import TRITON_INSTALLED
 from rekindle.pipeline.checks.machine import (
     check_disk,
@@ -20,6 +19,7 @@ from rekindle.pipeline.checks.machine import (
 from rekindle.pipeline.config import RunConfig
 from rekindle.train.model.files import place
 from rekindle.train.record.disk_room import free_bytes_near
+from rekindle.train.record.versions import package_versions
 
 
 def diagnose(config: RunConfig | None = None) -> dict[str, str]:

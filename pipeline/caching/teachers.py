@@ -27,7 +27,6 @@ from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS, kind_of
 from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.data.versions import package_versions
 from rekindle.data.views.pairs import RECORD
 from rekindle.data.views.reader import shown_view
 from rekindle.pipeline.caching.in_flight import transfer_to
@@ -66,6 +65,7 @@ from rekindle.train.model.sight import padding_influence
 from rekindle.train.model.split_model import SplitLanguageModel, output_width, splittable
 from rekindle.train.precision import describe_slow_precision
 from rekindle.train.record.lineage import lineage_of_model
+from rekindle.train.record.versions import package_versions
 
 log = logging.getLogger("rekindle")
 

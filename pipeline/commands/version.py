@@ -7,7 +7,7 @@ import typer
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        from rekindle.data.versions import package_versions
+        from rekindle.train.record.versions import package_versions
 
         for name, version in package_versions().items():
             typer.echo(f"{name} {version}")

@@ -37,7 +37,6 @@ from safetensors.torch import load_file, save_file
 
 from rekindle.data.cache import Cache
 from rekindle.data.settings import parse_settings
-from rekindle.data.versions import package_versions
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.train_student import train_from_config
@@ -51,6 +50,7 @@ from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.objective.label_union import LabelUnion
 from rekindle.train.outside.quiet import quiet_transformers
+from rekindle.train.record.versions import package_versions
 
 SHARED = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[3] / "shared" / "data"))
 LENGTH = 40  # tokens; the longest text has 33

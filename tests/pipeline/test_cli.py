@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rekindle.data.versions import package_versions
 from rekindle.pipeline.cli import app
+from rekindle.train.record.versions import package_versions
 from testlib.command import pipeline
 
 CLI = [sys.executable, "-m", "rekindle.pipeline.cli"]
