@@ -38,6 +38,7 @@ from rekindle.pipeline.commands.options import (
 )
 from rekindle.pipeline.commands.sharing import push
 from rekindle.pipeline.commands.teachers import teachers
+from rekindle.pipeline.commands.version import take_options
 from rekindle.pipeline.console import say, terminal
 from rekindle.pipeline.exits import (
     INTERRUPTED,
@@ -361,6 +362,7 @@ def doctor(
     refuse_problems(facts)
 
 
+app.callback()(take_options)
 for command in (
     *(
         demo,

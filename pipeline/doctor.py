@@ -17,8 +17,9 @@ from rekindle.pipeline.checks.machine import (
     check_step,
 )
 from rekindle.pipeline.config import RunConfig
-from rekindle.train.model.files import package_versions, place
+from rekindle.train.model.files import place
 from rekindle.train.record.disk_room import free_bytes_near
+from rekindle.train.record.versions import package_versions
 
 
 def diagnose(config: RunConfig | None = None) -> dict[str, str]:

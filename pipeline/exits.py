@@ -129,7 +129,8 @@ def usage_as_input_errors() -> Iterator[None]:
             raise SystemExit(2) from None
         typed = getattr(getattr(error, "ctx", None), "command_path", "pipeline")
         text = " ".join(format_message().split()).rstrip(".")
-        raise InputError(f"{text}. `{typed} --help` shows what may be given") from None
+        stop = "" if text.endswith("?") else "."  # typer names the nearest command in a question
+        raise InputError(f"{text}{stop} `{typed} --help` shows what may be given") from None
 
 
 # Advice for the system's file errors.

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from rekindle.train.model.files import DISTRIBUTION, package_versions
+from rekindle.train.record.versions import DISTRIBUTION, package_versions
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -129,7 +129,7 @@ def test_whoever_develops_has_every_extra():
 
 def test_our_version_where_nothing_is_installed(monkeypatch):
     assert package_versions()["rekindle"] == PROJECT["version"]
-    monkeypatch.setattr("rekindle.train.model.files.DISTRIBUTION", "rekindle-of-nobody")
+    monkeypatch.setattr("rekindle.train.record.versions.DISTRIBUTION", "rekindle-of-nobody")
     assert package_versions()["rekindle"] == "not installed"
 
 

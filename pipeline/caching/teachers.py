@@ -54,7 +54,6 @@ from rekindle.train.model.files import (
     load_config,
     load_model,
     longest_input,
-    package_versions,
     place,
     weights_fingerprint,
 )
@@ -66,6 +65,7 @@ from rekindle.train.model.sight import padding_influence
 from rekindle.train.model.split_model import SplitLanguageModel, output_width, splittable
 from rekindle.train.precision import describe_slow_precision
 from rekindle.train.record.lineage import lineage_of_model
+from rekindle.train.record.versions import package_versions
 
 log = logging.getLogger("rekindle")
 

@@ -47,10 +47,10 @@ from rekindle.train.finetune.config import ComparisonFinetuneConfig
 from rekindle.train.finetune.merge_baselines import merged_probabilities
 from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.model.files import package_versions
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.objective.label_union import LabelUnion
 from rekindle.train.outside.quiet import quiet_transformers
+from rekindle.train.record.versions import package_versions
 
 SHARED = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[3] / "shared" / "data"))
 LENGTH = 40  # tokens; the longest text has 33

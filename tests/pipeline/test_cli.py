@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from rekindle.pipeline.cli import app
+from rekindle.train.record.versions import package_versions
 from testlib.command import pipeline
 
 CLI = [sys.executable, "-m", "rekindle.pipeline.cli"]
@@ -177,6 +178,12 @@ def test_without_a_command_it_shows_its_help():
     assert not result.stderr
 
 
+def test_version_names_the_packages_and_needs_no_command():
+    result = pipeline("--version")
+    versions = dict(line.split(" ", 1) for line in result.stdout.splitlines())
+    assert (result.returncode, versions) == (0, package_versions())
+
+
 def test_doctor_says_which_loss_runs_and_why():
     result = pipeline("doctor")
     assert result.returncode == 0
@@ -187,14 +194,15 @@ def test_the_command_line_is_frozen():
     """New knobs go into the configuration; a new option is a decision, made here."""
     import typer
 
-    commands = typer.main.get_command(app).commands
+    group = typer.main.get_command(app)
     options = {
         name: sorted(
             o for p in command.params for o in p.opts if o.startswith("--") and o != "--help"
         )
-        for name, command in commands.items()
+        for name, command in [("", group), *group.commands.items()]
     }
     assert options == {
+        "": ["--version"],
         "demo": ["--out", "--quick"],
         "init": ["--list", "--out"],
         "schema": [],

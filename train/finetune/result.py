@@ -12,7 +12,7 @@ from rekindle.train.finetune.best_epoch import describe_end
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.metrics import printed_name
 from rekindle.train.finetune.task_data import TaskData
-from rekindle.train.model.files import package_versions
+from rekindle.train.record.versions import package_versions
 
 WRITER = "rekindle finetune"  # marks a directory that this command may replace
 RESULT_FILE = "metrics.json"

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,8 +73,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rekindle")
 
-# pip's name of this package. The name `rekindle` belongs to somebody else there.
-DISTRIBUTION = "rekindle-kd"
 # Keys that a save changes without changing the model; left out of the configuration's fingerprint.
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 
@@ -368,25 +366,3 @@ def place(precision: str) -> Placement:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     device = f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind
     return Placement(device=device, precision=chosen_precision(precision, kind))
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions a run was made with; informative. Ours is under the import's name."""
-    import platform
-
-    names = ("torch", "transformers", "tokenizers", "numpy", "pyarrow")
-    versions = {name: _version(name) for name in names}
-    return {"python": platform.python_version(), "rekindle": _version(DISTRIBUTION)} | versions
-
-
-@cache
-def _version(name: str) -> str:
-    """Return a distribution's version; finding it takes milliseconds, and every teacher's plan
-    asks.
-    """
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(name)
-    except PackageNotFoundError:  # run from a folder on the path
-        return "not installed"

@@ -25,7 +25,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.config import RunConfig
-from rekindle.train.model.files import package_versions
+from rekindle.train.record.versions import package_versions
 
 CODECS = ("default", "precise", "compact")
 COLUMNS = ("codec", "k", "bytes a position", "of the default", "KL", "top-1", "kept mass")

@@ -129,7 +129,7 @@ VALUES = (
 
 OPTIONS = (
     Bad("an unknown command", "trian-student run.yaml", "'trian-student'", "No such command",
-        "Did you mean 'train-student'?"),
+        "Did you mean 'train-student'? `pipeline --help`"),
     Bad("an unknown option", f"{MAKE} --worker 2", "--worker", "No such option",
         "Possible options: --workers"),
     Bad("no run file", "cache-teachers", "RUN.yaml", "Missing argument",
