@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 ROWS = HERE / "why.jsonl"
 SEEDS = 3
 TEMPERATURES = (1.0, 2.0, 4.0)
-SHARES = (0.125, 0.25, 0.5)  # all of them: the point of temperature 1
+SHARES = (0.125, 0.5, 0.25)  # all of them: the point of temperature 1
 TAUGHT = {"pseudo": "expert", "kd": "expert", "both": "expert", "committee": "committee"}
 LABELLED = {  # of each task's unlabelled text: a file with its labels, and the fields of its text
     "trec": ("shared/data/cls/trec6_train.jsonl", ("text",)),
@@ -210,8 +210,13 @@ def students(cell: Cell, recorded: set[str]) -> Iterator[tuple[str, str, Row]]:
 
 
 def trained(cell: Cell, temperature: float, part: float) -> Row:
-    """Return the scores of a committee's student at a temperature, on a share of the texts."""
+    """Return the scores of a committee's student at a temperature, on a share of the texts; the
+    cell has the one of temperature 1 on all of them.
+    """
     path = cell.home / "students" / f"committee-{cell.task}.yaml"
+    if (temperature, part) == (1.0, 1.0):
+        own = cell.home / "fine-tuned" / "committee" / cell.task
+        return scored(cell, path.with_suffix(""), own)
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     summary = json.loads((path.with_suffix("") / "summary.json").read_text())
     config["teachers"] = [
@@ -236,31 +241,23 @@ def trained(cell: Cell, temperature: float, part: float) -> Row:
     cell.pipeline("cache-teachers", run)
     cell.pipeline("train-student", run, "--out", student, *["--resume"] * student.exists())
     test = cell.split("test")
-    own = cell.answers(student, test, head_of(student))
     finetuned = cell.work / f"{name}-finetuned"
     if not finetuned.exists():
         splits = ["--train", cell.split("train"), "--dev", cell.split("dev")]
         fields = [word for one in text_fields(test) for word in ("--text-field", one)]
         cell.pipeline("finetune", student, *splits, "--out", finetuned, *fields, *cell.finetuning())
-    members = [cell.answers(expert, test) for expert in cell.experts]
-    taught = committee_labels(members)
-    again = cell.answers(finetuned, test)
+    return scored(cell, student, finetuned) | {"steps": summary["steps"]}
+
+
+def scored(cell: Cell, student: Path, finetuned: Path) -> Row:
+    """Compare a committee's student, with its own head and fine-tuned again, with the teacher."""
+    test = cell.split("test")
+    taught = committee_labels([cell.answers(expert, test) for expert in cell.experts])
+    own, again = cell.answers(student, test, head_of(student)), cell.answers(finetuned, test)
     return {
         "own head": compared(labels(own), given(own), taught),
         "fine-tuned": compared(labels(again), given(own), taught),
-        "steps": summary["steps"],
     }
-
-
-def origin() -> Mapping[str, str]:
-    """Return this machine, the commit and the day, as the cells' rows have them."""
-    spec = spec_from_file_location("record", HERE.parent / "pages" / "record.py")
-    assert spec is not None
-    assert spec.loader is not None
-    record = module_from_spec(spec)
-    sys.modules["record"] = record
-    spec.loader.exec_module(record)
-    return vars(record.Origin.here())
 
 
 def recorded_rows(cell: Cell) -> list[Row]:
