@@ -77,8 +77,7 @@ class Cell:
         out = self.work / f"{name}.jsonl"
         if not out.exists():
             heads = ["--head", head] if head else []
-            fields = [word for one in text_fields(rows) for word in ("--text-field", one)]
-            self.pipeline("evaluate", model, "--test", rows, "--out", out, *heads, *fields[:2])
+            self.pipeline("evaluate", model, "--test", rows, "--out", out, *heads)
         return read(out)
 
     def unlabelled(self) -> Path:
@@ -107,7 +106,8 @@ class Cell:
         path = self.home / "fine-tuned" / "committee" / self.task / "metrics.json"
         config = json.loads(path.read_text())["config"]
         keys = ("epochs", "batch_size", "learning_rate", "max_length", "positive")
-        return [f"--set={key}={config[key]}" for key in keys if config[key] is not None]
+        settings = [f"--set={key}={config[key]}" for key in keys if config[key] is not None]
+        return [*settings, "--set=patience=null", f"--set=evaluate_every={config['epochs']}"]
 
 
 def text_fields(rows: Path) -> list[str]:
@@ -240,12 +240,10 @@ def trained(cell: Cell, temperature: float, part: float) -> Row:
     student = cell.work / name
     cell.pipeline("cache-teachers", run)
     cell.pipeline("train-student", run, "--out", student, *["--resume"] * student.exists())
-    test = cell.split("test")
     finetuned = cell.work / f"{name}-finetuned"
     if not finetuned.exists():
         splits = ["--train", cell.split("train"), "--dev", cell.split("dev")]
-        fields = [word for one in text_fields(test) for word in ("--text-field", one)]
-        cell.pipeline("finetune", student, *splits, "--out", finetuned, *fields, *cell.finetuning())
+        cell.pipeline("finetune", student, *splits, "--out", finetuned, *cell.finetuning())
     return scored(cell, student, finetuned) | {"steps": summary["steps"]}
 
 
@@ -258,6 +256,17 @@ def scored(cell: Cell, student: Path, finetuned: Path) -> Row:
         "own head": compared(labels(own), given(own), taught),
         "fine-tuned": compared(labels(again), given(own), taught),
     }
+
+
+def origin() -> Mapping[str, str]:
+    """Return this machine, the commit and the day, as the cells' rows have them."""
+    spec = spec_from_file_location("record", HERE.parent / "pages" / "record.py")
+    assert spec is not None
+    assert spec.loader is not None
+    record = module_from_spec(spec)
+    sys.modules["record"] = record
+    spec.loader.exec_module(record)
+    return vars(record.Origin.here())
 
 
 def recorded_rows(cell: Cell) -> list[Row]:
