@@ -1,4 +1,4 @@
-r"""Looks for why a guided student is (not) above its expert: four curves for each finished cell.
+r"""Looks for why a guided student is (not) above its expert: five curves for each finished cell.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/few_labels/why.py runs/few-trec-3 --bf16
 
@@ -11,7 +11,8 @@ settings of fine-tuning:
 - agreement: how often each student answers test as its teacher does, and how often it is right
   where the teacher is right, and where it is wrong;
 - temperature: students of the committee at other temperatures;
-- texts: students of the committee that have seen fewer of the texts, in the same number of steps.
+- texts: students of the committee that have seen fewer of the texts, in the same number of steps;
+- steps: students of the committee that were taught for fewer steps.
 """
 
 import argparse
@@ -29,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 ROWS = HERE / "why.jsonl"
 SEEDS = 3
 TEMPERATURES = (1.0, 2.0, 4.0)
-SHARES = (0.125, 0.5, 0.25)  # all of them: the point of temperature 1
+SHARES = (0.125, 0.5, 0.25)  # of texts, and of steps; all of them: the point of temperature 1
 TAUGHT = {"pseudo": "expert", "kd": "expert", "both": "expert", "committee": "committee"}
 LABELLED = {  # of each task's unlabelled text: a file with its labels, and the fields of its text
     "trec": ("shared/data/cls/trec6_train.jsonl", ("text",)),
@@ -201,20 +202,19 @@ def head_of(student: Path) -> str:
 
 def students(cell: Cell, recorded: set[str]) -> Iterator[tuple[str, str, Row]]:
     """Yield (curve, point, row) of students trained here."""
-    wanted = [("temperature", one, 1.0) for one in TEMPERATURES]
-    wanted += [("texts", 1.0, one) for one in SHARES]
-    for curve, temperature, part in wanted:
-        point = str(temperature if curve == "temperature" else part)
-        if f"{curve} {point}" not in recorded:
-            yield curve, point, trained(cell, temperature, part)
+    wanted = [("temperature", one) for one in TEMPERATURES]
+    wanted += [(curve, share) for share in SHARES for curve in ("steps", "texts")]
+    for curve, value in wanted:
+        if f"{curve} {value}" not in recorded:
+            yield curve, str(value), trained(cell, **{curve: value})
 
 
-def trained(cell: Cell, temperature: float, part: float) -> Row:
-    """Return the scores of a committee's student at a temperature, on a share of the texts; the
-    cell has the one of temperature 1 on all of them.
+def trained(cell: Cell, temperature: float = 1.0, texts: float = 1.0, steps: float = 1.0) -> Row:
+    """Return the scores of a committee's student at a temperature, on a share of the texts, for a
+    share of the steps; the cell itself has the one of temperature 1 and all of both.
     """
     path = cell.home / "students" / f"committee-{cell.task}.yaml"
-    if (temperature, part) == (1.0, 1.0):
+    if temperature == texts == steps == 1.0:
         own = cell.home / "fine-tuned" / "committee" / cell.task
         return scored(cell, path.with_suffix(""), own)
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -228,13 +228,14 @@ def trained(cell: Cell, temperature: float, part: float) -> Row:
         }
         for seed, expert in enumerate(cell.experts)
     ]
-    if part < 1:
-        texts = json.loads((cell.home / "cache" / cell.task / "corpus" / "corpus.json").read_text())
-        config["corpus"]["limit_sequences"] = round(part * texts["sequences"])
-    config["cache"]["path"] = str(cell.work / f"cache-{part}")
-    config["train"] |= {"epochs": None, "steps": summary["steps"], "keep_checkpoints": 1}
+    if texts < 1:
+        made = json.loads((cell.home / "cache" / cell.task / "corpus" / "corpus.json").read_text())
+        config["corpus"]["limit_sequences"] = round(texts * made["sequences"])
+    config["cache"]["path"] = str(cell.work / f"cache-{texts}")
+    steps_taken = round(steps * summary["steps"])
+    config["train"] |= {"epochs": None, "steps": steps_taken}
     config["train"]["objective"]["distill"][0]["temperature"] = temperature
-    name = f"student-{temperature}-{part}"
+    name = f"student-{temperature}-{texts}-{steps}"
     run = cell.work / f"{name}.yaml"
     run.write_text(yaml.safe_dump(config), encoding="utf-8")
     student = cell.work / name
@@ -244,7 +245,7 @@ def trained(cell: Cell, temperature: float, part: float) -> Row:
     if not finetuned.exists():
         splits = ["--train", cell.split("train"), "--dev", cell.split("dev")]
         cell.pipeline("finetune", student, *splits, "--out", finetuned, *cell.finetuning())
-    return scored(cell, student, finetuned) | {"steps": summary["steps"]}
+    return scored(cell, student, finetuned) | {"steps": steps_taken}
 
 
 def scored(cell: Cell, student: Path, finetuned: Path) -> Row:

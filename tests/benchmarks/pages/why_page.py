@@ -15,6 +15,7 @@ _TABLES = {"few": "few_labels", "small": "small_expert"}
 _STUDENTS = {
     "temperature": "Students of the committee at other temperatures",
     "texts": "Students of the committee on a share of the texts, in the same number of steps",
+    "steps": "Students of the committee after a share of the steps",
 }
 
 Row = Mapping[str, Any]
@@ -94,7 +95,7 @@ def _students(rows: Sequence[Row]) -> Iterator[str]:
     for curve, title in _STUDENTS.items():
         lines = []
         by_cell = _of_curve(rows, curve)
-        if curve == "texts":  # all texts: the student of the cell's own temperature
+        if curve != "temperature":  # all of them: the student of the cell's own temperature
             whole = _of_curve(rows, "temperature")
             by_cell = {
                 cell: points | {"1.0": whole[cell]["1.0"]}
@@ -102,7 +103,7 @@ def _students(rows: Sequence[Row]) -> Iterator[str]:
                 if "1.0" in whole.get(cell, {})
             }
         for cell, points in by_cell.items():
-            for point, row in points.items():
+            for point, row in sorted(points.items(), key=lambda one: float(one[0])):
                 for head in ("own head", "fine-tuned"):
                     lines.append([cell, point, head, *_compared(row[head])])
         if lines:
