@@ -328,7 +328,7 @@ def _train(
     make_model_directory(
         *(out, student, about, prepared.tokenizer, result.best_elsewhere),
         summary | world.decide(lambda: saved_growth(out)),
-        Provenance.of(prepared.about, training.cache, evaluation),
+        Provenance.of(prepared.about, training.cache, evaluation, objective.trains_lm_head),
     )
     return result
 

@@ -26,8 +26,13 @@ from rekindle.train.student import Student
 
 CARD_FILE = "README.md"
 HUB_TASK = {"masked_lm": "fill-mask", "causal_lm": "text-generation"}
+BODY_TASK = "feature-extraction"
 ENCODERS = "sentence-transformers"
 SHOWN = 12  # labels that a card lists
+_UNTRAINED_HEAD = (
+    "**It is no language model**: no loss of this run reached the head that predicts tokens "
+    "(`hard.weight: 0`, and no teacher of tokens), while the body below that head was trained."
+)
 LANGUAGE = {
     "masked_lm": ("A masked language model", "AutoModelForMaskedLM"),
     "causal_lm": ("A causal language model", "AutoModelForCausalLM"),
@@ -46,6 +51,8 @@ def student_card(
     ``best``: the checkpoint with the best held-out value, if that is not the student.
     """
     title, auto_class = LANGUAGE[student.task]
+    is_body = provenance is not None and not provenance.trains_lm_head
+    title = f"The body of {title[0].lower()}{title[1:]}" if is_body else title
     folder = str(directory)
     heads = {n: one for n, one in student.head_configs.items() if one.kind != "embedding"}
     reasons = {name: not_exportable(student, name) for name in heads}
@@ -68,15 +75,18 @@ def student_card(
             "",
         ]
     if student.base is None:
-        load = f"`{auto_class}.from_pretrained({json.dumps(folder)})`"
-        lines += [f"As a language model it needs no export: {load}."]
+        load = f"{'AutoModel' if is_body else auto_class}.from_pretrained({json.dumps(folder)})"
+        subject = "Its body" if is_body else "As a language model it"
+        lines += [f"{subject} needs no export: `{load}`."]
     else:
         lines += _adapter_lines(folder, auto_class, student.base)
+    if is_body:
+        lines += ["", _UNTRAINED_HEAD]
     if best is not None:
         best_line = f"The best value {UNSEEN} was that of `{best}`, which is used the same way."
         lines += ["", best_line]
     lines += [] if provenance is None else provenance.card_lines()
-    task, library = HUB_TASK[student.task], "transformers"
+    task, library = BODY_TASK if is_body else HUB_TASK[student.task], "transformers"
     if encoder is not None:
         task, library = PIPELINES[EMBEDDING], ENCODERS
     block = metadata(task, "" if provenance is None else provenance.model, library)

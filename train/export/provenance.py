@@ -30,10 +30,15 @@ class Provenance:
     text: str  # described in a line
     steps: int
     scores: Mapping[str, float]  # on held-out sequences
+    trains_lm_head: bool  # whether a loss reached the language model's own head
 
     @classmethod
     def of(
-        cls, about: Mapping[str, Any], cache: Cache, scores: Mapping[str, float]
+        cls,
+        about: Mapping[str, Any],
+        cache: Cache,
+        scores: Mapping[str, float],
+        trains_lm_head: bool,
     ) -> "Provenance":
         """Return that of the run ``about``, as from ``describe_run``, with the ``cache``."""
         teachers = tuple(cache.teacher(name).info for name in about["cache"]["teachers"])
@@ -42,7 +47,8 @@ class Provenance:
             f"{counted(len(corpus), 'sequence')} of {_sources(corpus)} "
             f"({counted(corpus.tokens, 'token')}; fingerprint `{corpus.fingerprint[:12]}`)"
         )
-        return cls(about["student"]["model"], teachers, text, recorded_steps(about) or 0, scores)
+        model, steps = about["student"]["model"], recorded_steps(about) or 0
+        return cls(model, teachers, text, steps, scores, trains_lm_head)
 
     def card_lines(self) -> list[str]:
         """Return the lines of a card."""

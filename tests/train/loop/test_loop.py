@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -90,6 +91,18 @@ def test_its_card_begins_with_how_to_use_it(whole, tmp_path):
     assert "The head 'tags' cannot be exported" in card
     assert "student.head=family" in card
     assert f'AutoModelForMaskedLM.from_pretrained("{whole.directory}")' in card
+
+
+def test_the_card_of_a_student_whose_head_for_tokens_saw_no_loss_says_so(masked_world, tmp_path):
+    chosen = train_config([{"teachers": ["sense"]}], hard=0.0, steps=1)
+    made = run(masked_world, tmp_path / "run", chosen).directory
+    block, _, card = (made / "README.md").read_text().partition("---\n\n")
+    assert "pipeline_tag: feature-extraction" in block
+    assert card.startswith("# The body of a masked language model with task heads")
+    assert "**It is no language model**" in card
+    load = f'AutoModel.from_pretrained("{made}")'
+    assert f"Its body needs no export: `{load}`" in card
+    AutoModel.from_pretrained(made)
 
 
 def test_its_card_says_what_made_it(masked_world, whole):
