@@ -26,6 +26,8 @@ from typing import Any
 
 import yaml
 
+from rekindle.data.cache import Cache
+
 HERE = Path(__file__).resolve().parent
 ROWS = HERE / "why.jsonl"
 SEEDS = 3
@@ -203,7 +205,7 @@ def head_of(student: Path) -> str:
 def students(cell: Cell, recorded: set[str]) -> Iterator[tuple[str, str, Row]]:
     """Yield (curve, point, row) of students trained here."""
     wanted = [("temperature", one) for one in TEMPERATURES]
-    wanted += [(curve, share) for share in SHARES for curve in ("steps", "texts")]
+    wanted += [(curve, share) for curve in ("steps", "texts") for share in SHARES]
     for curve, value in wanted:
         if f"{curve} {value}" not in recorded:
             yield curve, str(value), trained(cell, **{curve: value})
@@ -229,8 +231,8 @@ def trained(cell: Cell, temperature: float = 1.0, texts: float = 1.0, steps: flo
         for seed, expert in enumerate(cell.experts)
     ]
     if texts < 1:
-        made = json.loads((cell.home / "cache" / cell.task / "corpus" / "corpus.json").read_text())
-        config["corpus"]["limit_sequences"] = round(texts * made["sequences"])
+        sequences = len(Cache.open(cell.home / "cache" / cell.task).corpus)
+        config["corpus"]["limit_sequences"] = round(texts * sequences)
     config["cache"]["path"] = str(cell.work / f"cache-{texts}")
     steps_taken = round(steps * summary["steps"])
     config["train"] |= {"epochs": None, "steps": steps_taken}
