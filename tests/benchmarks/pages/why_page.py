@@ -112,5 +112,10 @@ def _students(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _origins(rows: Sequence[Row]) -> str:
-    origins = {f"{r['date']}: {r['device']}; {r['precision']}; commit {r['commit']}" for r in rows}
-    return "\n".join(["Measured:", *(f"- {one}" for one in sorted(origins))])
+    """Return devices, precisions and days, with the commits of each."""
+    commits: dict[str, set[str]] = {}
+    for row in rows:
+        origin = f"{row['date']}: {row['device']}; {row['precision']}"
+        commits.setdefault(origin, set()).add(row["commit"])
+    lines = [f"- {one}; commit {', '.join(sorted(of))}" for one, of in sorted(commits.items())]
+    return "\n".join(["Measured:", *lines])

@@ -257,6 +257,7 @@ def test_seeds_of_an_older_version_go_on_with_the_adamw_that_it_had(tmp_path):
     out, then = tmp_path / "out", {"rate": 1}
     now = then | {"betas": (0.9, 0.999), "eps": 1e-8}
     now |= {"group_field": None, "loss": "listwise", "grade_temperature": 1.0}  # of rankings
+    now |= {"evaluate_every": 1}
     left(out, {"settings": then}, 2, {0: 0.5}, KeyboardInterrupt())
     with pytest.raises(CheckpointError, match=r"settings\.eps: 1e-08 there, 1e-06 here"):
         left(out, {"settings": now | {"eps": 1e-6}}, 2, {})
