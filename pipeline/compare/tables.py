@@ -67,10 +67,9 @@ def result_columns(comparison: Comparison) -> Iterator[Column]:
         title: [_share_with_kd(run, unit) for run in runs]
         for unit, title in (("sequences", "KD sequences"), ("positions", "KD tokens"))
     }
-    used = [title for title, values in shares.items() if any(values)]
-    for title in (
-        used or shares
-    ):  # without tokens' teachers, 0 % of the tokens would look like a fault
+    # Without tokens' teachers, 0 % of the tokens would look like a fault.
+    shown = [title for title, values in shares.items() if any(values)] or [*shares]
+    for title in shown:
         yield Column(title, [formatted(share, "{:.1%}") for share in shares[title]])
 
 
