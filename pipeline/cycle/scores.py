@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rekindle.data.errors import InputError
-from rekindle.pipeline.cycle.arms import GUIDED
+from rekindle.pipeline.cycle.arms import GUIDED, WITH_TEACHERS
 from rekindle.pipeline.cycle.finetuned import (
     EXPERT,
     LONGER,
@@ -174,6 +174,23 @@ def differences_of(
     """
     main = main_scores(scores, metrics)
     families = planned_tests(arms, [*metrics]).values()
+    return [one for names in families for one in _family(names, main)]
+
+
+def own_head_differences(
+    arms: Sequence[str], metrics: Mapping[str, str], scores: Sequence[ArmScores]
+) -> list[Difference]:
+    """Return the differences of students with their own heads to the base arm, to ``longer``, and
+    to themselves fine-tuned again; the p of each of these three are adjusted together.
+    """
+    base = START if START in arms else EXPERT
+    taught = [arm for arm in arms if arm in WITH_TEACHERS]
+    places = [*metrics, *([MEAN] if len(metrics) > 1 else [])]
+    families = (
+        [(own_head(arm), other or arm, place) for arm in taught for place in places]
+        for other in (base, LONGER, "")
+    )
+    main = main_scores(scores, metrics)
     return [one for names in families for one in _family(names, main)]
 
 

@@ -10,7 +10,7 @@ from rekindle.data.counted import counted
 from rekindle.pipeline.cycle.arms import ARMS
 from rekindle.pipeline.cycle.costs import KINDS, SHARED_KINDS
 from rekindle.pipeline.cycle.finetuned import EXPERT, START, own_head
-from rekindle.pipeline.cycle.scores import MEAN, ArmCost, CycleResults
+from rekindle.pipeline.cycle.scores import MEAN, ArmCost, CycleResults, own_head_differences
 from rekindle.pipeline.cycle.search import DRAWS_FOLDER, SearchResult, TriedPoint
 from rekindle.pipeline.report.cache import NOTE, teacher_table
 from rekindle.pipeline.report.cost import cost_lines
@@ -42,7 +42,7 @@ def tables_of(results: CycleResults) -> list[Table]:
 
 def own_tables(results: CycleResults) -> list[Table]:
     """Return those of ``tables_of`` that only a cycle has: all but the comparisons."""
-    tables = [_scores(results), *_searches(results), _tasks(results)]
+    tables = [_scores(results), *own_head_tables(results), *_searches(results), _tasks(results)]
     tables += [*_arm_costs(results), _costs(results)]
     return [table for table in tables if table.columns[0].cells]
 
@@ -62,6 +62,26 @@ def primary_tables(results: CycleResults) -> Iterator[Table]:
     task = "the mean over tasks" if results.judged_on == MEAN else results.judged_on
     title = f"primary comparison, named before anything ran: on {task}, in points of 100"
     yield table_of(title, head, rows, words=1, note=primary.about)
+
+
+def own_head_tables(results: CycleResults) -> Iterator[Table]:
+    """Yield the table of what students score with their own heads beyond the base arm, ``longer``
+    and themselves fine-tuned again, on what the arms are judged on.
+
+    A student has one own head, so that it takes several students, or draws, to pair them.
+    """
+    if results.unit == "seed":
+        return
+    ones = own_head_differences(results.arms, results.metrics, results.scores)
+    rows = [
+        [one.arm, one.against, *difference_cells(one)]
+        for one in ones
+        if one.task == results.judged_on
+    ]
+    task = "the mean over tasks" if results.judged_on == MEAN else results.judged_on
+    title = f"{secondary(results)}students with their own heads: differences on {task}, in points"
+    head = ["student", "against", *difference_head(results.unit)]
+    yield table_of(f"{title} of 100", head, rows, words=2)
 
 
 def saved_tables(results: CycleResults) -> Iterator[Table]:

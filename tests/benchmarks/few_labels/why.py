@@ -1,4 +1,4 @@
-r"""Looks for why a guided student is (not) above its expert: five curves for each finished cell.
+r"""Looks for why a guided student is (not) above its expert: six curves for each finished cell.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/few_labels/why.py runs/few-trec-3 --bf16
 
@@ -10,9 +10,13 @@ settings of fine-tuning:
   rows that are in no split of the cell; their labels are used here only) and on test;
 - agreement: how often each student answers test as its teacher does, and how often it is right
   where the teacher is right, and where it is wrong;
+- head: the committee's student fine-tuned again from the head that it was taught with, not from a
+  fresh one, at the arm's rate and at a tenth of it;
 - temperature: students of the committee at other temperatures;
 - texts: students of the committee that have seen fewer of the texts, in the same number of steps;
 - steps: students of the committee that were taught for fewer steps.
+
+``--curves teachers agreement head`` trains no student: some minutes a cell.
 """
 
 import argparse
@@ -33,6 +37,8 @@ ROWS = HERE / "why.jsonl"
 SEEDS = 3
 TEMPERATURES = (1.0, 2.0, 4.0)
 SHARES = (0.125, 0.5, 0.25)  # of texts, and of steps; all of them: the point of temperature 1
+RATES = (1.0, 0.1)  # of the arm's own, for fine-tuning again from the distilled head
+CURVES = ("teachers", "agreement", "head", "temperature", "steps", "texts")
 TAUGHT = {"pseudo": "expert", "kd": "expert", "both": "expert", "committee": "committee"}
 LABELLED = {  # of each task's unlabelled text: a file with its labels, and the fields of its text
     "trec": ("shared/data/cls/trec6_train.jsonl", ("text",)),
@@ -104,10 +110,20 @@ class Cell:
                         file.write(json.dumps(values | {"label": row["label"]}) + "\n")
         return out
 
-    def finetuning(self) -> list[str]:
+    def finetune(self, student: Path, out: Path, head: str | None = None, rate: float = 1) -> None:
+        """Fine-tune a student as the committee's was, from a fresh head or one of its own, at a
+        share of that learning rate; once.
+        """
+        if not out.exists():
+            splits = ["--train", self.split("train"), "--dev", self.split("dev")]
+            heads = [f"--set=head={head}"] if head else []
+            self.pipeline("finetune", student, *splits, "--out", out, *self.settings(rate), *heads)
+
+    def settings(self, rate: float) -> list[str]:
         """Return the settings of the committee's fine-tuning, as options."""
         path = self.home / "fine-tuned" / "committee" / self.task / "metrics.json"
         config = json.loads(path.read_text())["config"]
+        config["learning_rate"] *= rate
         keys = ("epochs", "batch_size", "learning_rate", "max_length", "positive")
         settings = [f"--set={key}={config[key]}" for key in keys if config[key] is not None]
         return [*settings, "--set=patience=null", f"--set=evaluate_every={config['epochs']}"]
@@ -202,13 +218,29 @@ def head_of(student: Path) -> str:
     return str(name)
 
 
-def students(cell: Cell, recorded: set[str]) -> Iterator[tuple[str, str, Row]]:
-    """Yield (curve, point, row) of students trained here."""
-    wanted = [("temperature", one) for one in TEMPERATURES]
-    wanted += [(curve, share) for curve in ("steps", "texts") for share in SHARES]
-    for curve, value in wanted:
+def measured(cell: Cell, curve: str, recorded: set[str]) -> Iterator[tuple[str, Row]]:
+    """Yield the points of a curve that are not recorded, with their rows."""
+    if curve in ("teachers", "agreement"):
+        if not any(one.startswith(curve) for one in recorded):
+            yield from [*(teachers(cell) if curve == "teachers" else agreement(cell))]
+        return
+    values = {"head": RATES, "temperature": TEMPERATURES}.get(curve, SHARES)
+    for value in values:
         if f"{curve} {value}" not in recorded:
-            yield curve, str(value), trained(cell, **{curve: value})
+            kept = curve == "head"
+            yield str(value), kept_head(cell, value) if kept else trained(cell, **{curve: value})
+
+
+def kept_head(cell: Cell, rate: float) -> Row:
+    """Return the scores of the committee's student, fine-tuned again from the head it was taught
+    with at a share of the arm's learning rate.
+    """
+    student, test = cell.home / "students" / f"committee-{cell.task}", cell.split("test")
+    finetuned = cell.work / f"own-head-{rate}"
+    cell.finetune(student, finetuned, head_of(student), rate)
+    answers = cell.answers(finetuned, test)
+    taught = committee_labels([cell.answers(expert, test) for expert in cell.experts])
+    return {"fine-tuned": compared(labels(answers), given(answers), taught)}
 
 
 def trained(cell: Cell, temperature: float = 1.0, texts: float = 1.0, steps: float = 1.0) -> Row:
@@ -244,9 +276,7 @@ def trained(cell: Cell, temperature: float = 1.0, texts: float = 1.0, steps: flo
     cell.pipeline("cache-teachers", run)
     cell.pipeline("train-student", run, "--out", student, *["--resume"] * student.exists())
     finetuned = cell.work / f"{name}-finetuned"
-    if not finetuned.exists():
-        splits = ["--train", cell.split("train"), "--dev", cell.split("dev")]
-        cell.pipeline("finetune", student, *splits, "--out", finetuned, *cell.finetuning())
+    cell.finetune(student, finetuned)
     return scored(cell, student, finetuned) | {"steps": steps_taken}
 
 
@@ -291,17 +321,13 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished cells")
     parser.add_argument("--work", type=Path, default=Path("why"), help="for students and answers")
     parser.add_argument("--bf16", action="store_true", help="as bf16_cpu.py runs cells")
-    parser.add_argument("--no-students", action="store_true", help="train nothing")
+    parser.add_argument("--curves", nargs="+", choices=CURVES, default=CURVES)
     arguments = parser.parse_args()
     for run in arguments.runs:
         cell = Cell(run.resolve(), (arguments.work / run.name).resolve(), arguments.bf16)
         recorded = {f"{row['curve']} {row['point']}" for row in recorded_rows(cell)}
-        for curve, rows in (("teachers", teachers), ("agreement", agreement)):
-            if not any(one.startswith(curve) for one in recorded):
-                for point, row in [*rows(cell)]:
-                    write(cell, curve, point, row)
-        if not arguments.no_students:
-            for curve, point, row in students(cell, recorded):
+        for curve in arguments.curves:
+            for point, row in measured(cell, curve, recorded):
                 write(cell, curve, point, row)
 
 

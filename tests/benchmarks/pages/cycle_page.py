@@ -10,7 +10,7 @@ from record import OWN_SEARCH, Cell
 
 from rekindle.data.counted import counted
 from rekindle.pipeline.cycle.config import CycleConfig
-from rekindle.pipeline.cycle.scores import MEAN, CycleResults
+from rekindle.pipeline.cycle.scores import MEAN, CycleResults, own_head_differences
 from rekindle.pipeline.cycle.tables import own_tables, primary_tables
 from rekindle.pipeline.cycle.verdict import verdict_of
 from rekindle.pipeline.report.scores import (
@@ -94,6 +94,7 @@ def measured(name: str, config: CycleConfig, rows: Sequence[Cell]) -> str:
             table(_scores(results)),
             "### All differences",
             *differences(results),
+            *_own_heads(results),
             "### What it cost",
             *_costs(config, rows),
             "### What went in",
@@ -157,6 +158,30 @@ def _by_task(
         for base in against
     ]
     return table_of("", head, lines, words=2)
+
+
+def _own_heads(results: CycleResults) -> Iterator[str]:
+    """Yield how students with their own heads compare: on the mean, and folded on each task."""
+    ones = own_head_differences(results.arms, results.metrics, results.scores)
+    if not ones:
+        return
+    yield "### Students with their own heads"
+    yield (
+        "A student's own head is the one that its teachers taught; it has seen no label. Against "
+        "the start model fine-tuned, the same for twice the epochs, and the same student after its "
+        "second fine-tuning, with a fresh head. Holm's adjustment is over all tests of each of the "
+        "three."
+    )
+
+    def listed(of_mean: bool) -> Table:
+        chosen = [one for one in ones if (one.task == results.judged_on) is of_mean]
+        lines = [[one.arm, one.against, one.task, *difference_cells(one)] for one in chosen]
+        head = ["student", "against", "task", *difference_head(results.unit)]
+        return table_of("", head, lines, words=3)
+
+    if any(one.task == results.judged_on for one in ones):
+        yield table(listed(of_mean=True))
+    yield folded("on each task", table(listed(of_mean=False)))
 
 
 def _scores(results: CycleResults) -> Table:

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from cycle_page import table
+from cycle_page import folded, table
 from record import BENCHMARKS
 
+from rekindle.data.counted import counted
 from rekindle.pipeline.report.table import NOTHING, table_of
 
 ROWS = BENCHMARKS / "few_labels" / "why.jsonl"
@@ -32,7 +34,8 @@ def why(table_name: str, rows: Sequence[Row]) -> str:
     own = [row for row in rows if _TABLES[row["cells"]] == table_name]
     if not own:
         return "No cell was looked into yet."
-    return "\n\n".join([*_teachers(own), *_agreement(own), *_students(own), _origins(own)])
+    parts = [*_teachers(own), *_agreement(own), *_heads(own), *_students(own), _origins(own)]
+    return "\n\n".join(parts)
 
 
 def _cell(row: Row) -> str:
@@ -68,27 +71,71 @@ def _teachers(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _agreement(rows: Sequence[Row]) -> Iterator[str]:
-    lines = [
-        [cell, name, *_compared(row)]
-        for cell, points in _of_curve(rows, "agreement").items()
+    """Yield the table of what students learn of their teachers: the means of tasks with several
+    cells, and each cell.
+    """
+    by_cell = _of_curve(rows, "agreement")
+    by_task: dict[str, dict[str, list[Row]]] = {}
+    for points in by_cell.values():
+        for name, row in points.items():
+            by_task.setdefault(row["task"], {}).setdefault(name, []).append(row)
+    cells = [
+        [cell, name, *_compared([row])]
+        for cell, points in by_cell.items()
         for name, row in points.items()
     ]
-    if lines:
-        yield (
-            "**What students learn of it**, on test: right answers of the student and of its "
-            "teacher, the same answers of both, and right answers of the student where the teacher "
-            "is right and where it is wrong."
-        )
-        yield table(table_of("", ["cell", "student", *_HEAD], lines, words=2))
+    means = [
+        [f"{task} ({counted(len(of), 'draw')})", name, *_compared(of)]
+        for task, points in by_task.items()
+        for name, of in points.items()
+    ]
+    if not cells:
+        return
+    yield (
+        "**What students learn of it**, on test: right answers of the student and of its teacher, "
+        "the same answers of both, and right answers of the student where the teacher is right and "
+        "where it is wrong."
+    )
+    if len(by_task) == len(by_cell):
+        yield table(table_of("", ["cell", "student", *_HEAD], cells, words=2))
+    else:
+        yield table(table_of("", ["task", "student", *_HEAD], means, words=2))
+        yield folded("each draw", table(table_of("", ["cell", "student", *_HEAD], cells, words=2)))
+
+
+def _heads(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the table of the committee's students with their own heads, as they are and fine-tuned
+    again, beside a fresh one.
+    """
+    agreement = _of_curve(rows, "agreement")
+    lines = []
+    for cell, points in _of_curve(rows, "head").items():
+        known = agreement[cell]
+        scores = [known["committee (own head)"]["test"], known["committee"]["test"]]
+        scores += [points[rate]["fine-tuned"]["test"] for rate in ("1.0", "0.1")]
+        lines.append((cell, scores))
+    if not lines:
+        return
+    if len(lines) > 1:
+        means = [fmean(scores) for scores in zip(*(of for _, of in lines), strict=True)]
+        lines.append(("mean", means))
+    yield (
+        "**The committee's students, fine-tuned again from the head that they were taught with**: "
+        "right answers on test, beside that head as it is, and a fresh one (the arm `committee`)."
+    )
+    head = ["cell", "own head as it is", "fresh head", "own head, the arm's rate", "a tenth of it"]
+    cells = [[cell, *map(_percent, scores)] for cell, scores in lines]
+    yield table(table_of("", head, cells, words=1))
 
 
 _HEAD = ["right", "teacher right", "the same", "where it is right", "where it is wrong"]
 
 
-def _compared(row: Row) -> list[str]:
-    return [
-        _percent(row[key]) for key in ("test", "teacher", "agreement", "where_right", "where_wrong")
-    ]
+def _compared(rows: Sequence[Row]) -> list[str]:
+    """Return the means of rows as cells."""
+    keys = ("test", "teacher", "agreement", "where_right", "where_wrong")
+    known = [[row[key] for row in rows if row[key] is not None] for key in keys]
+    return [_percent(fmean(of) if of else None) for of in known]
 
 
 def _students(rows: Sequence[Row]) -> Iterator[str]:
@@ -105,7 +152,7 @@ def _students(rows: Sequence[Row]) -> Iterator[str]:
         for cell, points in by_cell.items():
             for point, row in sorted(points.items(), key=lambda one: float(one[0])):
                 for head in ("own head", "fine-tuned"):
-                    lines.append([cell, point, head, *_compared(row[head])])
+                    lines.append([cell, point, head, *_compared([row[head]])])
         if lines:
             yield f"**{title}**, on test:"
             yield table(table_of("", ["cell", curve, "student", *_HEAD], lines, words=3))

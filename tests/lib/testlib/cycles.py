@@ -141,12 +141,16 @@ def drawn(out, arms=ARMS, tasks=TASKS, search=GRID, seeds=SEEDS, draws=3, **sett
     return out
 
 
+def own_head_gain(draw):
+    return 0.1 + 0.01 * draw
+
+
 def own_head_scored(out, arm, task, *, student=0, draw=0):
-    """Write the score of a student's own head: 0.1 above the first seed's."""
+    """Write the score of a student's own head: above the first seed's by its gain."""
     metrics = metrics_of(out, arm, task, seeds=1, draw=draw)
     (one,) = metrics["per_seed"]
     one["seed"] = metrics["best_seed"] = student
-    one["test_scores"] = scores_of(task, score(arm, task, student, draw) + 0.1)
+    one["test_scores"] = scores_of(task, score(arm, task, student, draw) + own_head_gain(draw))
     write(out / own_head_folder(arm, task) / "metrics.json", metrics)
 
 

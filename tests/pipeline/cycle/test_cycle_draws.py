@@ -16,8 +16,8 @@ from rekindle.pipeline.cycle.finetuned import folder_of, own_head
 from rekindle.pipeline.cycle.notes import UNLEARNED
 from rekindle.pipeline.cycle.page import cycle_html, printed
 from rekindle.pipeline.cycle.results import read_results
-from rekindle.pipeline.cycle.scores import MEAN, CycleResults
-from rekindle.pipeline.cycle.tables import as_text, tables_of
+from rekindle.pipeline.cycle.scores import MEAN, CycleResults, own_head_differences
+from rekindle.pipeline.cycle.tables import as_text, own_head_tables, tables_of
 from rekindle.pipeline.report.significance import holm
 from testlib.cycles import (
     cycle,
@@ -25,6 +25,7 @@ from testlib.cycles import (
     edit,
     finetuned,
     metrics_of,
+    own_head_gain,
     own_head_scored,
     rows_of,
     score,
@@ -325,16 +326,48 @@ def test_the_fine_tunings_of_a_student_count_once(tmp_path):
     assert "kd on cola" in read_results(out).notes[0]
 
 
-def test_own_heads_stand_behind_their_arms_and_are_not_tested(results, made):
+def test_own_heads_stand_behind_their_arms_and_in_no_family_of_theirs(results, made):
     names = list(dict.fromkeys(one.arm for one in results.scores))
     assert names[names.index("kd") + 1] == own_head("kd")
     for task in FEW:
-        expected = [score("kd", task, 0, draw) + 0.1 for draw in range(DRAWS)]
+        expected = [score("kd", task, 0, draw) + own_head_gain(draw) for draw in range(DRAWS)]
         assert results.main[own_head("kd"), task].scores == pytest.approx(expected)
     assert not any("own head" in one.arm + one.against for one in results.differences)
     table = next(t for t in tables_of(results) if "test scores" in t.title)
     assert own_head("kd") in [row[0] for row in rows_of(table)]
     assert CycleResults.from_dict(results.as_dict()) == results
+
+
+@pytest.mark.parametrize("against", ["expert", "longer", "kd"])
+def test_own_heads_against_base_longer_and_themselves_fine_tuned_again(results, against):
+    """Paired by draw; Holm over the three arms that have one on all places, here one of three."""
+    ones = own_head_differences(results.arms, results.metrics, results.scores)
+    family = {one.task: one for one in ones if one.against == against}
+    assert [*family] == [*FEW, MEAN]
+    assert {one.arm for one in ones} == {own_head("kd")}
+
+    def by_draw(arm, task):
+        return [fmean(score(arm, task, s, d) for s in range(SEEDS)) for d in range(DRAWS)]
+
+    for task in FEW:
+        own = [score("kd", task, 0, draw) + own_head_gain(draw) for draw in range(DRAWS)]
+        test = stats.ttest_rel(own, by_draw(against, task))
+        assert (family[task].n, family[task].p) == (DRAWS, pytest.approx(test.pvalue))
+        assert family[task].mean == pytest.approx(fmean(own) - fmean(by_draw(against, task)))
+    adjusted = holm([one.p for one in family.values()], missing=6)
+    assert [one.p_adjusted for one in family.values()] == adjusted
+    (table,) = own_head_tables(results)
+    mean = f"{100 * family[MEAN].mean:+.2f}"
+    assert (own_head("kd"), against, mean) in [row[:3] for row in rows_of(table)]
+    assert len(rows_of(table)) == 3
+
+
+def test_own_heads_are_not_paired_with_seeds_of_fine_tuning(tmp_path):
+    """They have one score for all of them."""
+    out = cycle(tmp_path, ["expert", "longer", "kd"], ["cola"], {}, seeds=2)
+    own_head_scored(out, "kd", "cola")
+    assert own_head("kd") in {one.arm for one in read_results(out).scores}
+    assert not [*own_head_tables(read_results(out))]
 
 
 def test_more_seeds_of_the_experts_alone(tmp_path):
