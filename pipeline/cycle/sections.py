@@ -15,7 +15,12 @@ from rekindle.data.targets.schema import TeacherName
 from rekindle.pipeline.config import CacheConfig
 from rekindle.pipeline.cycle.arms import Arm
 from rekindle.train.config import DistillTerm
-from rekindle.train.finetune.config import FORMER_FIELDS, ComparisonFinetuneConfig, TaskSettings
+from rekindle.train.finetune.config import (
+    FORMER_FIELDS,
+    NOT_DECISIVE,
+    ComparisonFinetuneConfig,
+    TaskSettings,
+)
 
 Setting = bool | int | float | str | None  # a value of a fine-tuning setting
 Point = dict[str, Setting]  # what a search tries
@@ -169,6 +174,8 @@ def parse_search(value: Search) -> Search:
             raise ValueError(f"{key} is the budget, which is the same for every arm")
         if key in (*TaskSettings.model_fields, *FORMER_FIELDS):
             raise ValueError(f"{key} says what the files mean, which is not searched for")
+        if key == NOT_DECISIVE:
+            raise ValueError(f"{key} changes no score, so that there is nothing to choose")
         if not values:
             raise ValueError(f"{key} has no values")
         # Parsed as they are used: 1 may stand for a rate of 1.0, and results are found by value.

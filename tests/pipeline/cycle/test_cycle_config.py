@@ -129,6 +129,7 @@ def test_a_tasks_own_settings_are_over_the_files():
         ("tasks.a.name=mean", "the mean over the tasks"),
         ("search.learning_rate=[high]", "learning_rate: Input should be a valid number"),
         ("search.learning_rate=[1e-5, 0.00001]", "a value twice"),
+        ("search.evaluate_every=[1, 3]", "evaluate_every changes no score"),
         ("tasks.a.finetune={epochs: 0}", "nothing would be fine-tuned"),
         ("finetune.head=a", "begin with fresh heads"),
         ("train.curriculum={teacher: a}", "the arms that see none"),
