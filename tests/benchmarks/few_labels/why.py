@@ -14,7 +14,7 @@ settings of fine-tuning:
   fresh one, at the arm's rate and at a tenth of it;
 - temperature: students of the committee at other temperatures;
 - texts: students of the committee that have seen fewer of the texts, in the same number of steps;
-- steps: students of the committee that were taught for fewer steps.
+- steps: students of the committee that were taught for fewer steps, or twice as many.
 
 ``--curves teachers agreement head`` trains no student: some minutes a cell.
 """
@@ -36,7 +36,8 @@ HERE = Path(__file__).resolve().parent
 ROWS = HERE / "why.jsonl"
 SEEDS = 3
 TEMPERATURES = (1.0, 2.0, 4.0)
-SHARES = (0.125, 0.5, 0.25)  # of texts, and of steps; all of them: the point of temperature 1
+TEXTS = (0.125, 0.25, 0.5)  # shares; all of them: the point of temperature 1
+STEPS = (*TEXTS, 2.0)
 RATES = (1.0, 0.1)  # of the arm's own, for fine-tuning again from the distilled head
 CURVES = ("teachers", "agreement", "head", "temperature", "steps", "texts")
 TAUGHT = {"pseudo": "expert", "kd": "expert", "both": "expert", "committee": "committee"}
@@ -224,8 +225,8 @@ def measured(cell: Cell, curve: str, recorded: set[str]) -> Iterator[tuple[str, 
         if not any(one.startswith(curve) for one in recorded):
             yield from [*(teachers(cell) if curve == "teachers" else agreement(cell))]
         return
-    values = {"head": RATES, "temperature": TEMPERATURES}.get(curve, SHARES)
-    for value in values:
+    values = {"head": RATES, "temperature": TEMPERATURES, "steps": STEPS, "texts": TEXTS}
+    for value in values[curve]:
         if f"{curve} {value}" not in recorded:
             kept = curve == "head"
             yield str(value), kept_head(cell, value) if kept else trained(cell, **{curve: value})

@@ -17,7 +17,7 @@ _TABLES = {"few": "few_labels", "small": "small_expert"}
 _STUDENTS = {
     "temperature": "Students of the committee at other temperatures",
     "texts": "Students of the committee on a share of the texts, in the same number of steps",
-    "steps": "Students of the committee after a share of the steps",
+    "steps": "Students of the committee after a share of the steps, or twice as many",
 }
 
 Row = Mapping[str, Any]
