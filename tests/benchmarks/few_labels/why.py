@@ -21,11 +21,11 @@ settings of fine-tuning:
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -78,8 +78,17 @@ class Cell:
         return self.home / "tasks" / self.task / f"{name}.jsonl"
 
     def pipeline(self, *words: object) -> None:
-        command = [str(HERE / "bf16_cpu.py")] if self.bf16 else ["-m", "rekindle.pipeline.cli"]
-        subprocess.run([sys.executable, *command, *map(str, words)], check=True)
+        """Run a command of ``pipeline`` in this process: importing torch takes as long as most."""
+        if self.bf16:
+            module("bf16_cpu", HERE)
+        from rekindle.pipeline.cli import main
+
+        sys.argv = ["pipeline", *map(str, words)]
+        try:
+            main()
+        except SystemExit as end:
+            if end.code:
+                raise
 
     def answers(self, model: Path, rows: Path, head: str | None = None) -> list[Row]:
         """Return the model's answers to a file of labelled rows, asked once."""
@@ -292,15 +301,20 @@ def scored(cell: Cell, student: Path, finetuned: Path) -> Row:
     }
 
 
+def module(name: str, folder: Path) -> ModuleType:
+    """Return a script of the benchmarks, imported once."""
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, folder / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 def origin() -> Mapping[str, str]:
     """Return this machine, the commit and the day, as the cells' rows have them."""
-    spec = spec_from_file_location("record", HERE.parent / "pages" / "record.py")
-    assert spec is not None
-    assert spec.loader is not None
-    record = module_from_spec(spec)
-    sys.modules["record"] = record
-    spec.loader.exec_module(record)
-    return vars(record.Origin.here())
+    return vars(module("record", HERE.parent / "pages").Origin.here())
 
 
 def recorded_rows(cell: Cell) -> list[Row]:
