@@ -5,8 +5,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from rekindle.data.counted import counted
 from rekindle.pipeline.cycle.arms import GUIDED
-from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, FineTuned
-from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults, planned_tests
+from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, FineTuned, own_head
+from rekindle.pipeline.cycle.scores import (
+    MEAN,
+    SELECTED,
+    CycleResults,
+    own_head_differences,
+    planned_tests,
+)
 from rekindle.pipeline.cycle.search import SearchResult
 from rekindle.pipeline.report.significance import Difference
 from rekindle.train.finetune.metrics import printed_name
@@ -38,6 +44,7 @@ def notes_of(results: CycleResults, draws: Draws, first_notes: Sequence[str] = (
         *missing,
         *_unlearned(draws),
         *_guidance(results),
+        *_own_heads(results),
         *_test_notes(results),
         *_coverage(results, fine_tuned),
         *_f1_meanings(fine_tuned),
@@ -103,6 +110,22 @@ def _guidance(results: CycleResults) -> Iterator[str]:
                 f"than chance ({listed}, in points)"
             )
         return
+
+
+def _own_heads(results: CycleResults) -> Iterator[str]:
+    """Yield one sentence if students score more with their own heads than fine-tuned again."""
+    if results.unit == "seed":  # one score for all seeds: nothing is paired
+        return
+    differences = own_head_differences(results.arms, results.metrics, results.scores)
+    own = [one for one in differences if one.arm == own_head(one.against)]
+    better = [one for one in own if one.task == results.judged_on and is_gain(one)]
+    if listed := ", ".join(f"{o.against} {100 * o.mean:+.2f} ({o.interval})" for o in better):
+        place = "the mean over tasks" if results.judged_on == MEAN else results.judged_on
+        yield (
+            "students score more with their own heads than fine-tuned again on the experts' "
+            f"labels, on {place} ({listed}, in points): use them as they are (`pipeline predict "
+            "--head`)"
+        )
 
 
 def is_gain(one: Difference) -> bool:

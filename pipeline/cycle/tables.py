@@ -81,7 +81,8 @@ def own_head_tables(results: CycleResults) -> Iterator[Table]:
     task = "the mean over tasks" if results.judged_on == MEAN else results.judged_on
     title = f"{secondary(results)}students with their own heads: differences on {task}, in points"
     head = ["student", "against", *difference_head(results.unit)]
-    yield table_of(f"{title} of 100", head, rows, words=2)
+    note = "p is adjusted over all tests of one kind: of every such student, on every task."
+    yield table_of(f"{title} of 100", head, rows, words=2, note=note)
 
 
 def saved_tables(results: CycleResults) -> Iterator[Table]:

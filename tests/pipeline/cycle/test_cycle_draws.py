@@ -12,7 +12,7 @@ from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import build_corpus
 from rekindle.data.errors import CheckpointError
 from rekindle.data.storage.store import LocalStore
-from rekindle.pipeline.cycle.finetuned import folder_of, own_head
+from rekindle.pipeline.cycle.finetuned import folder_of, own_head, own_head_folder
 from rekindle.pipeline.cycle.notes import UNLEARNED
 from rekindle.pipeline.cycle.page import cycle_html, printed
 from rekindle.pipeline.cycle.results import read_results
@@ -360,6 +360,20 @@ def test_own_heads_against_base_longer_and_themselves_fine_tuned_again(results, 
     mean = f"{100 * family[MEAN].mean:+.2f}"
     assert (own_head("kd"), against, mean) in [row[:3] for row in rows_of(table)]
     assert len(rows_of(table)) == 3
+
+
+def test_where_a_second_fine_tuning_loses_what_the_own_head_knows_a_note_says_so(results, out):
+    (told,) = [note for note in results.notes if "their own heads" in note]
+    (one,) = [row for row in rows_of(*own_head_tables(results)) if row[1] == "kd"]
+    assert f"labels, on the mean over tasks (kd {one[2]} ({one[3]}), in points)" in told
+    for draw, task in product(range(DRAWS), FEW):
+
+        def fall(metrics):
+            for run in metrics["per_seed"]:
+                run["test_scores"]["f1"] = run["test_scores"]["matthews"] = 0.1
+
+        edit(out / "draws" / str(draw) / own_head_folder("kd", task) / "metrics.json", fall)
+    assert not any("their own heads" in note for note in read_results(out).notes)
 
 
 def test_own_heads_are_not_paired_with_seeds_of_fine_tuning(tmp_path):
