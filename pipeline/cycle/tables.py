@@ -79,10 +79,13 @@ def own_head_tables(results: CycleResults) -> Iterator[Table]:
         if one.task == results.judged_on
     ]
     task = "the mean over tasks" if results.judged_on == MEAN else results.judged_on
-    title = f"{secondary(results)}students with their own heads: differences on {task}, in points"
+    title = f"{secondary(results)}differences of students with their own heads on {task}"
     head = ["student", "against", *difference_head(results.unit)]
-    note = "p is adjusted over all tests of one kind: of every such student, on every task."
-    yield table_of(f"{title} of 100", head, rows, words=2, note=note)
+    note = (
+        "A student against its own arm: with its own head against fine-tuned again. p is adjusted "
+        "over all students and tasks, for the base arm, for longer, and for the own arms."
+    )
+    yield table_of(f"{title}, in points of 100", head, rows, words=2, note=note)
 
 
 def saved_tables(results: CycleResults) -> Iterator[Table]:
