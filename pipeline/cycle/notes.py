@@ -10,7 +10,6 @@ from rekindle.pipeline.cycle.scores import (
     MEAN,
     SELECTED,
     CycleResults,
-    own_head_differences,
     planned_tests,
 )
 from rekindle.pipeline.cycle.search import SearchResult
@@ -114,10 +113,7 @@ def _guidance(results: CycleResults) -> Iterator[str]:
 
 def _own_heads(results: CycleResults) -> Iterator[str]:
     """Yield one sentence if students score more with their own heads than fine-tuned again."""
-    if results.unit == "seed":  # one score for all seeds: nothing is paired
-        return
-    differences = own_head_differences(results.arms, results.metrics, results.scores)
-    own = [one for one in differences if one.arm == own_head(one.against)]
+    own = [one for one in results.own_head_differences if one.arm == own_head(one.against)]
     better = [one for one in own if one.task == results.judged_on and is_gain(one)]
     if listed := ", ".join(f"{o.against} {100 * o.mean:+.2f} ({o.interval})" for o in better):
         place = "the mean over tasks" if results.judged_on == MEAN else results.judged_on

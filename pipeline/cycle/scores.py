@@ -177,23 +177,6 @@ def differences_of(
     return [one for names in families for one in _family(names, main)]
 
 
-def own_head_differences(
-    arms: Sequence[str], metrics: Mapping[str, str], scores: Sequence[ArmScores]
-) -> list[Difference]:
-    """Return the differences of students with their own heads to the base arm, to ``longer``, and
-    to themselves fine-tuned again; the p of each of these three are adjusted together.
-    """
-    base = START if START in arms else EXPERT
-    taught = [arm for arm in arms if arm in WITH_TEACHERS]
-    places = [*metrics, *([MEAN] if len(metrics) > 1 else [])]
-    families = (
-        [(own_head(arm), other or arm, place) for arm in taught for place in places]
-        for other in (base, LONGER, "")
-    )
-    main = main_scores(scores, metrics)
-    return [one for names in families for one in _family(names, main)]
-
-
 def planned_tests(
     arms: Sequence[str], tasks: Sequence[str]
 ) -> dict[str, list[tuple[str, str, str]]]:
@@ -378,6 +361,21 @@ class CycleResults:
     def main(self) -> dict[tuple[str, str], ArmScores]:
         """The scores on the tasks' main metrics, and the means over tasks, by arm and task."""
         return main_scores(self.scores, self.metrics)
+
+    @property
+    def own_head_differences(self) -> list[Difference]:
+        """The differences of students with their own heads to the base arm, to ``longer``, and to
+        themselves fine-tuned again; the p of each of these three are adjusted together.
+
+        Empty by seed: a student has one own head, so that it takes several students, or draws.
+        """
+        taught = [arm for arm in self.arms if arm in WITH_TEACHERS and self.unit != "seed"]
+        places = [*self.metrics, *([MEAN] if len(self.tasks) > 1 else [])]
+        families = (
+            [(own_head(arm), other or arm, place) for arm in taught for place in places]
+            for other in (self.base, LONGER, "")
+        )
+        return [one for names in families for one in _family(names, self.main)]
 
     def as_dict(self) -> dict[str, object]:
         """Return everything as JSON values; all numbers are finite."""

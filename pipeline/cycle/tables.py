@@ -10,7 +10,7 @@ from rekindle.data.counted import counted
 from rekindle.pipeline.cycle.arms import ARMS
 from rekindle.pipeline.cycle.costs import KINDS, SHARED_KINDS
 from rekindle.pipeline.cycle.finetuned import EXPERT, START, own_head
-from rekindle.pipeline.cycle.scores import MEAN, ArmCost, CycleResults, own_head_differences
+from rekindle.pipeline.cycle.scores import MEAN, ArmCost, CycleResults
 from rekindle.pipeline.cycle.search import DRAWS_FOLDER, SearchResult, TriedPoint
 from rekindle.pipeline.report.cache import NOTE, teacher_table
 from rekindle.pipeline.report.cost import cost_lines
@@ -67,15 +67,10 @@ def primary_tables(results: CycleResults) -> Iterator[Table]:
 def own_head_tables(results: CycleResults) -> Iterator[Table]:
     """Yield the table of what students score with their own heads beyond the base arm, ``longer``
     and themselves fine-tuned again, on what the arms are judged on.
-
-    A student has one own head, so that it takes several students, or draws, to pair them.
     """
-    if results.unit == "seed":
-        return
-    ones = own_head_differences(results.arms, results.metrics, results.scores)
     rows = [
         [one.arm, one.against, *difference_cells(one)]
-        for one in ones
+        for one in results.own_head_differences
         if one.task == results.judged_on
     ]
     task = "the mean over tasks" if results.judged_on == MEAN else results.judged_on

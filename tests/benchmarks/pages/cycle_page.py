@@ -10,7 +10,7 @@ from record import OWN_SEARCH, Cell
 
 from rekindle.data.counted import counted
 from rekindle.pipeline.cycle.config import CycleConfig
-from rekindle.pipeline.cycle.scores import MEAN, CycleResults, own_head_differences
+from rekindle.pipeline.cycle.scores import MEAN, CycleResults
 from rekindle.pipeline.cycle.tables import own_tables, primary_tables
 from rekindle.pipeline.cycle.verdict import verdict_of
 from rekindle.pipeline.report.scores import (
@@ -162,8 +162,7 @@ def _by_task(
 
 def _own_heads(results: CycleResults) -> Iterator[str]:
     """Yield how students with their own heads compare: on the mean, and folded on each task."""
-    ones = own_head_differences(results.arms, results.metrics, results.scores)
-    if not ones:
+    if not (ones := results.own_head_differences):
         return
     yield "### Students with their own heads"
     yield (

@@ -110,7 +110,8 @@ def _heads(rows: Sequence[Row]) -> Iterator[str]:
     agreement = _of_curve(rows, "agreement")
     lines = []
     for cell, points in _of_curve(rows, "head").items():
-        known = agreement[cell]
+        if (known := agreement.get(cell)) is None:
+            continue
         scores = [known["committee (own head)"]["test"], known["committee"]["test"]]
         scores += [points[rate]["fine-tuned"]["test"] for rate in ("1.0", "0.1")]
         lines.append((cell, scores))

@@ -16,7 +16,7 @@ from rekindle.pipeline.cycle.finetuned import folder_of, own_head, own_head_fold
 from rekindle.pipeline.cycle.notes import UNLEARNED
 from rekindle.pipeline.cycle.page import cycle_html, printed
 from rekindle.pipeline.cycle.results import read_results
-from rekindle.pipeline.cycle.scores import MEAN, CycleResults, own_head_differences
+from rekindle.pipeline.cycle.scores import MEAN, CycleResults
 from rekindle.pipeline.cycle.tables import as_text, own_head_tables, tables_of
 from rekindle.pipeline.report.significance import holm
 from testlib.cycles import (
@@ -341,7 +341,7 @@ def test_own_heads_stand_behind_their_arms_and_in_no_family_of_theirs(results, m
 @pytest.mark.parametrize("against", ["expert", "longer", "kd"])
 def test_own_heads_against_base_longer_and_themselves_fine_tuned_again(results, against):
     """Paired by draw; Holm over the three arms that have one on all places, here one of three."""
-    ones = own_head_differences(results.arms, results.metrics, results.scores)
+    ones = results.own_head_differences
     family = {one.task: one for one in ones if one.against == against}
     assert [*family] == [*FEW, MEAN]
     assert {one.arm for one in ones} == {own_head("kd")}
@@ -381,7 +381,7 @@ def test_own_heads_are_not_paired_with_seeds_of_fine_tuning(tmp_path):
     out = cycle(tmp_path, ["expert", "longer", "kd"], ["cola"], {}, seeds=2)
     own_head_scored(out, "kd", "cola")
     assert own_head("kd") in {one.arm for one in read_results(out).scores}
-    assert not [*own_head_tables(read_results(out))]
+    assert not read_results(out).own_head_differences
 
 
 def test_more_seeds_of_the_experts_alone(tmp_path):
