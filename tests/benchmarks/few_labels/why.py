@@ -325,7 +325,12 @@ def recorded_rows(cell: Cell) -> list[Row]:
 
 def write(cell: Cell, curve: str, point: str, row: Row) -> None:
     """Record a point."""
-    precision = "bf16" if cell.bf16 else "auto"
+    import torch
+
+    from rekindle.train.precision import chosen_precision
+
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = "bf16" if cell.bf16 else chosen_precision("auto", device_type)
     line = cell.about | {"curve": curve, "point": point} | row | {"precision": precision}
     with ROWS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line | dict(origin())) + "\n")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +76,35 @@ def test_the_page_of_clinc_has_the_recorded_values(pages: ModuleType) -> None:
         assert f"| {int(found['seeds'])} | {100 * found['accuracy']:.2f}{spread} |" in line
         if "targets" in found:
             assert line.endswith(f"| {100 * found['targets']:.1f} |")
+
+
+def agreement_row(draw: int, point: str, test: float, where_wrong: float | None) -> dict[str, Any]:
+    compared = {"test": test, "teacher": 0.5, "agreement": 0.75, "where_right": 1.0}
+    where = {"cells": "few", "task": "trec", "draw": draw, "curve": "agreement", "point": point}
+    origin = {"device": "a machine", "precision": "fp32", "date": "2026-12-01", "commit": "c"}
+    return where | compared | {"where_wrong": where_wrong} | origin
+
+
+def test_the_tables_of_why_have_means_over_draws(pages: ModuleType) -> None:
+    rows = []
+    for draw, (fresh, own, rate, tenth, wrong) in enumerate(
+        [(0.6, 0.8, 0.7, 0.75, 0.25), (0.7, 0.8, 0.9, 0.85, None)]
+    ):
+        rows += [
+            agreement_row(draw, "committee", fresh, wrong),
+            agreement_row(draw, "committee (own head)", own, wrong),
+        ]
+        rows += [
+            agreement_row(draw, point, 0, 0) | {"curve": "head", "fine-tuned": {"test": test}}
+            for point, test in (("1.0", rate), ("0.1", tenth))
+        ]
+    text = pages.why_page.why("few_labels", rows)
+    # A draw whose teacher makes no error has no share of errors: the mean is of the others.
+    assert "| trec (2 draws) | committee | 65.0 | 50.0 | 75.0 | 100.0 | 25.0 |" in text
+    assert "| trec 1 | committee | 70.0 | 50.0 | 75.0 | 100.0 | – |" in text
+    assert "| trec 0 | 80.0 | 60.0 | 70.0 | 75.0 |" in text
+    assert "| mean | 80.0 | 65.0 | 80.0 | 80.0 |" in text
+    assert pages.why_page.why("small_expert", rows) == "No cell was looked into yet."
 
 
 # --- the rows -------------------------------------------------------------------------------------
