@@ -253,7 +253,8 @@ def linear_kd_loss(
 
     The gradient is formed in the forward pass, block by block (float32 sums, or float64 for float64
     inputs); under `no_grad` none is formed. A call's blocks take at most 256 MiB on CPU; on a GPU a
-    sixteenth of its memory and at least 2 GiB (but at least one row).
+    sixteenth of its memory and at least 2 GiB (but at least one row), and the weight is copied if V
+    ids do not fill 16 bytes.
 
     On CPU, rows with weight 0 and rows with neither label nor target are dropped before the first
     product. On a GPU all rows are kept, so that the host never waits for the device.

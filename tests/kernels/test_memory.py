@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rekindle.kernels import blocks
+from rekindle.kernels import blocks, blockwise
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
 from testlib.kernels.memory import nan_in_new_memory
 
@@ -99,6 +99,36 @@ def test_a_linear_heads_products_read_nothing_that_nobody_wrote(
         for gradient in (loss, *torch.autograd.grad(loss, (x, w))):
             assert gradient.isfinite().all()
     assert read >= 8
+
+
+@pytest.mark.parametrize(("vocabulary", "dtype", "ids"), [
+    (96, torch.bfloat16, 96), (97, torch.bfloat16, 128), (100, torch.bfloat16, 128),
+    (100, torch.float32, 100), (98, torch.float32, 128),
+])  # fmt: skip
+def test_no_product_of_the_row_kernels_head_has_rows_that_end_within_16_bytes(
+    vocabulary: int, dtype: torch.dtype, ids: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the ids that are added for it change no loss and no gradient."""
+    shapes = []
+    product = blocks.product_
+
+    def noted(total: Tensor, a: Tensor, b: Tensor, plus: bool = False) -> None:
+        shapes.append((*total.shape, a.shape[1]))
+        product(total, a, b, plus)
+
+    monkeypatch.setattr(blockwise, "product_", noted)
+    x, w = (draw(n, HIDDEN, seed=n).to(dtype).requires_grad_() for n in (ROWS, vocabulary))
+    kept, probs = targets()
+    bias = draw(vocabulary)
+    results = []
+    for impl in ("triton", "torch"):
+        loss = linear_kd_loss(x, w, kept % vocabulary, probs, bias=bias, impl=impl).loss
+        results.append((loss, *torch.autograd.grad(loss, (x, w))))
+    assert shapes[:3] == [(ROWS, ids, HIDDEN), (ROWS, HIDDEN, ids), (ids, HIDDEN, ROWS)]
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for ours, torchs in zip(*results, strict=True):
+        assert ours.shape == torchs.shape
+        torch.testing.assert_close(ours, torchs, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.covering
