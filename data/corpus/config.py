@@ -92,7 +92,9 @@ class CorpusConfig(Settings):
         description="a record without a valid text (not JSON, not UTF-8, no text field, …): "
         "error stops; skip leaves it out and counts it",
     )
-    limit_sequences: int | None = Field(None, gt=0, description="stop after this many sequences")
+    limit_sequences: int | None = Field(
+        None, gt=0, description="take the first ones only; shuffle a file that is sorted by class"
+    )
     without: tuple[Place, ...] = Field(
         (),
         json_schema_extra=one_or_many,

@@ -72,3 +72,11 @@ def test_a_student_is_compared_where_its_teacher_is_right_and_where_it_is_wrong(
         "where_wrong": 1 / 2,
     }
     assert why.compared(["a"], ["a"], ["a"])["where_wrong"] is None
+
+
+def test_a_share_of_the_texts_is_of_all_classes(why: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "by_class.jsonl"
+    write(source, [{"text": f"{n}", "label": n // 50} for n in range(100)])
+    rows = why.read(why.shuffled([str(source)], tmp_path / "shuffled.jsonl"))
+    assert sorted(int(row["text"]) for row in rows) == [*range(100)]
+    assert 15 < sum(row["label"] for row in rows[:50]) < 35

@@ -21,6 +21,7 @@ settings of fine-tuning:
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
@@ -274,7 +275,9 @@ def trained(cell: Cell, temperature: float = 1.0, texts: float = 1.0, steps: flo
     ]
     if texts < 1:
         sequences = len(Cache.open(cell.home / "cache" / cell.task).corpus)
-        config["corpus"]["limit_sequences"] = round(texts * sequences)
+        source = shuffled(config["corpus"]["source"], cell.work / "shuffled.jsonl")
+        limit = round(texts * sequences)
+        config["corpus"] |= {"source": source, "limit_sequences": limit}
     config["cache"]["path"] = str(cell.work / f"cache-{texts}")
     steps_taken = round(steps * summary["steps"])
     config["train"] |= {"epochs": None, "steps": steps_taken}
@@ -288,6 +291,17 @@ def trained(cell: Cell, temperature: float = 1.0, texts: float = 1.0, steps: flo
     finetuned = cell.work / f"{name}-finetuned"
     cell.finetune(student, finetuned)
     return scored(cell, student, finetuned) | {"steps": steps_taken}
+
+
+def shuffled(source: str | list[str], out: Path) -> str:
+    """Return a copy of a source's rows in random order: some files have one class after another,
+    and a limit takes the first rows.
+    """
+    (path,) = [source] if isinstance(source, str) else source
+    rows = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    random.Random(0).shuffle(rows)
+    out.write_text("".join(rows), encoding="utf-8")
+    return str(out)
 
 
 def scored(cell: Cell, student: Path, finetuned: Path) -> Row:
