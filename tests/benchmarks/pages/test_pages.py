@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 from rekindle.data.errors import InputError
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import MEAN, CycleResults
+from rekindle.pipeline.report.significance import mean_interval
 from testlib.compared.recorded import ARMS, PRIMARY, TASKS
 from testlib.cycles import edit
 
@@ -76,6 +78,25 @@ def test_the_page_of_clinc_has_the_recorded_values(pages: ModuleType) -> None:
         assert f"| {int(found['seeds'])} | {100 * found['accuracy']:.2f}{spread} |" in line
         if "targets" in found:
             assert line.endswith(f"| {100 * found['targets']:.1f} |")
+
+
+def test_the_page_of_few_labels_has_the_hypothesis_over_its_own_cells(
+    pages: ModuleType, record: ModuleType
+) -> None:
+    """LOG.md has it out of six cells; the other fourteen test it."""
+    seen = {("trec", 0), ("trec", 1), ("trec", 2), ("sst2", 0), ("sst2", 1), ("mrpc", 0)}
+    words = []
+    for against in ("expert", "longer", "committee"):
+        values = []
+        for row in record.read_rows(BENCHMARKS / "few_labels"):
+            if (row["task"], row["draw"]) not in seen:
+                tests = {one["arm"]: fmean(one["test"]) for one in row["scores"]}
+                values.append(100 * (tests["committee (own head)"] - tests[against]))
+        assert len(values) == 14
+        low, high = mean_interval(values) or (0, 0)
+        words.append(f"{fmean(values):+.1f} [{low:.1f}, {high:.1f}]")
+    page = " ".join(pages.page_of("few_labels").read_text().split())
+    assert ", ".join(words) in page
 
 
 def agreement_row(draw: int, point: str, test: float, where_wrong: float | None) -> dict[str, Any]:
