@@ -33,7 +33,7 @@ from rekindle.kernels.checks import TargetObjects
 from rekindle.kernels.encoded import EncodedTargets, decode, odds_at
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets, LogProbBlocks, WholeLogits
 from rekindle.kernels.targets import DecodedTargets
-from rekindle.train.model.passes import note_padding
+from rekindle.train.host.known import note, sent
 from rekindle.train.model.split_model import OutputHead
 
 T = TypeVar("T", bound=TargetBatch)
@@ -73,16 +73,11 @@ class SentArray(np.ndarray):
 def send(values: NDArray, device: torch.device) -> Tensor:
     """Return a NumPy array as a tensor on ``device``; pin it first if the copy can then overlap."""
     if isinstance(values, SentArray):
-        sent = values.copy_on_device()
-        if sent is not None and sent.device == device:
-            return sent
+        ahead = values.copy_on_device()
+        if ahead is not None and ahead.device == device:
+            return ahead
         values = values.view(np.ndarray)
-    # Read-only memory maps are never written through this: every consumer copies or computes out of
-    # place.
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return sent(values, device)
 
 
 def model_inputs(
@@ -93,18 +88,13 @@ def model_inputs(
     document_numbers: NDArray | None = None,
 ) -> Inputs:
     """Return ``input_ids`` and ``attention_mask`` [B,S] (and ``token_type_ids``,
-    ``document_numbers``) as int64.
+    ``document_numbers``) as int64, with what the host knows of them.
     """
     mask = np.arange(input_ids.shape[1]) < lengths[:, None]
-    inputs = {
-        "input_ids": send(input_ids, device).long(),
-        "attention_mask": note_padding(send(mask, device).long(), bool(mask.all())),
-    }
-    if token_types is not None:
-        inputs["token_type_ids"] = send(token_types, device).long()
-    if document_numbers is not None:
-        inputs[DOCUMENTS] = send(document_numbers, device).long()
-    return inputs
+    columns = {"input_ids": input_ids, "attention_mask": mask}
+    columns |= {} if token_types is None else {"token_type_ids": token_types}
+    columns |= {} if document_numbers is None else {DOCUMENTS: document_numbers}
+    return {name: note(send(values, device).long(), values) for name, values in columns.items()}
 
 
 def clean_inputs(batch: Batch, device: torch.device) -> Inputs:
@@ -283,7 +273,8 @@ def language_rows(batch: Batch, task: str, device: torch.device) -> LanguageRows
         labels = batch.input_ids[rows, positions + 1].astype(np.int64)
         inputs = clean_inputs(batch, device)
     keys = rows * width + positions
-    return LanguageRows(inputs, send(keys, device), send(labels, device), keys)
+    select = note(send(keys, device), keys)
+    return LanguageRows(inputs, select, send(labels, device), keys)
 
 
 CLEAN_TEXT = ""  # the view of experts that saw the text itself, where inputs are kept by view

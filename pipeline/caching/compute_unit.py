@@ -31,6 +31,7 @@ from rekindle.pipeline.caching.sampling import sample_keys
 from rekindle.pipeline.caching.scoring import scored_blocks
 from rekindle.pipeline.caching.teachers import Teacher
 from rekindle.train.embedding.encoder import SentenceEncoder
+from rekindle.train.host.known import note
 from rekindle.train.model.causes import explaining_run_errors
 from rekindle.train.model.passes import with_known_padding
 
@@ -379,7 +380,7 @@ class UnitRun:
                 batch_documents = [documents[r] for r in rows]
                 numbers = pad(batch_documents, np.array([len(row) for row in batch_documents]), -1)
                 if (numbers > 0).any():
-                    inputs[DOCUMENTS] = self.teacher.tensor(numbers)
+                    inputs[DOCUMENTS] = note(self.teacher.tensor(numbers), numbers)
             return forward(rows, inputs)
 
         results: list[tuple[Rows, Columns]] = []
