@@ -191,7 +191,6 @@ _COMPUTED: dict[str, Callable[..., Any]] = {
     "flatten": lambda values: values.reshape(-1),
     **dict.fromkeys(("view", "reshape"), lambda values, *shape: values.reshape(*shape)),
     "all": lambda values: values.all(),
-    "any": lambda values: values.any(),
     "max": lambda values: values.max(),
     "sum": lambda values, dim=None, dtype=None: values.sum(dim),
     "cumsum": lambda values, dim: values.cumsum(dim),

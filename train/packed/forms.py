@@ -80,16 +80,14 @@ def as_read(model: "PreTrainedModel", inputs: Inputs, form: Form, causal: bool) 
     """
     numbers, on_host = inputs[DOCUMENTS], values_of(inputs[DOCUMENTS])
     on_host = numbers.cpu().numpy() if on_host is None else on_host
-    positions_on_host = positions_of(on_host, form.first)
-    positions = sent(positions_on_host, numbers.device)
+    positions = positions_of(on_host, form.first)
     packed: dict[str, Any] = {k: v for k, v in inputs.items() if k not in (DOCUMENTS, MASK)}
-    packed["position_ids"] = positions
+    # transformers asks them whether any row has several documents, where there is no mask
+    packed["position_ids"] = Known.of(sent(positions, numbers.device), positions)
     if form.kind == "mask":
         packed[MASK] = _for_attention(model, block_mask(numbers, causal))
     elif form.kind == "positions":
         packed |= {MASK: None, "use_cache": False}  # with a cache, position ids are ignored
-        # transformers asks them whether any row has several documents
-        packed["position_ids"] = Known.of(positions, positions_on_host)
     elif form.kind == "windows":
         packed[MASK] = _with_windows(model, block_mask(numbers, causal))
     elif form.kind == "flat":
