@@ -27,18 +27,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from kd_losses import CE_WEIGHT, KD_WEIGHT, Batch, Provider, eager, make_batch
 from results_csv import Row, append, hardware, versions
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import (  # noqa: TID251 (the benchmark beside this one)
-    CE_WEIGHT,
-    KD_WEIGHT,
-    Batch,
-    Provider,
-    eager,
-    make_batch,
-)
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
 from rekindle.kernels.targets import DecodedTargets
 
