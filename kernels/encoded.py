@@ -5,7 +5,8 @@ its PyTorch twin and defines it. Nothing here reads files. Shapes: N rows, K can
 falling probability, Q bytes of id planes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -111,6 +112,31 @@ def _masses(relative: Tensor, log_odds: Tensor, k: int) -> tuple[Tensor, Tensor]
     if k < probs.shape[1]:
         tail = tail + probs[:, k:].sum(1)
     return probs[:, :k], tail
+
+
+def odds_at(
+    targets: EncodedTargets,
+    tail_log_odds: Tensor,
+    at: Sequence[float],
+    weights: Sequence[float],
+    temperature: float,
+) -> EncodedTargets:
+    """Return ``targets`` with the log-odds [N] of their kept mass at ``temperature``.
+
+    ``tail_log_odds`` [N,3] int16 are stored for the three temperatures ``at``, which have the
+    ``weights`` in the parabola. The result is rounded to 1/1024 nat, as stored odds are. The twin
+    in NumPy (rekindle.data.targets.interpolation) states the formula and its error.
+    """
+    odds = _log_sum(targets, temperature)
+    for slot, (tau, weight) in enumerate(zip(at, weights, strict=True)):
+        odds = odds - weight * (_log_sum(targets, tau) - tail_log_odds[:, slot].float() / STEP)
+    stored = (odds * STEP).round().clamp(1 - NO_TAIL, NO_TAIL - 1).to(torch.int16)
+    has_no_tail = (tail_log_odds == NO_TAIL).all(dim=1)
+    return replace(targets, tail_log_odds=stored.masked_fill(has_no_tail, NO_TAIL))
+
+
+def _log_sum(targets: EncodedTargets, temperature: float) -> Tensor:
+    return torch.logsumexp(relative_log_probs(targets, temperature), dim=1)
 
 
 def _ids(low: Tensor, high: Tensor | None, planes: int) -> Tensor:

@@ -14,7 +14,6 @@ from rekindle.kernels.checks import (
     CandidateTargets,
     check_kinds,
     check_mixed,
-    check_not_below_one,
     check_student,
     check_whole_values,
     label_weight,
@@ -173,9 +172,9 @@ def kd_loss(
             all_targets[0], target_probs, tail_prob, settings, implementation
         )
         targets = targets._replace(labels=labels, weight=row_weight)
-        targets, is_known_full = prepare_targets(targets, student, settings, implementation)
-        if tail_prob is not None:
-            check_not_below_one(targets)
+        targets, is_known_full = prepare_targets(
+            targets, student, settings, implementation, sums_to_one=tail_prob is not None
+        )
         if is_known_full:
             settings = settings._replace(full=True)
     else:

@@ -21,7 +21,7 @@ Trainer: AutoModelForMaskedLM with labels of −100, whose head sees every token
 install --no-deps --target FOLDER accelerate psutil``). "Head on masked rows" is the Trainer around
 a model that does what Rekindle's student does.
 
-Goals: cached KD at most 10 % slower than plain masked LM on a CPU, 3 % on an H200; wait below 1 %;
+Goals: cached KD at most 5 % slower than plain masked LM on a CPU, 3 % on an H200; wait below 1 %;
 a live teacher's step at least (T+S)/S times Rekindle's, from the bare forward pass T and the bare
 plain step S; the Trainer not faster.
 
@@ -145,7 +145,7 @@ def median_of(segments: list[Segment], of: Callable[[Segment], float]) -> float:
 
 def checks(found: Rounds, device: torch.device) -> list[Check]:
     """Return the goals of the docstring."""
-    slower = 1.10 if device.type == "cpu" else 1.03
+    slower = 1.05 if device.type == "cpu" else 1.03
     waits = [median_of(found[name], lambda s: s.wait) for name in (PLAIN, KD1, KD2)]
     bare = zip(found[FORWARD], found[BARE], strict=True)
     expected = statistics.median((t.step + s.step) / s.step for t, s in bare)
