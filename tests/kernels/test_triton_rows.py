@@ -20,9 +20,6 @@ row_shapes = pytest.importorskip("rekindle.kernels.row_shapes")
 triton_rows = pytest.importorskip("rekindle.kernels.triton_rows")
 Shape = row_shapes.Shape
 
-# Listed entries go through the ordinary formula before they are overwritten; it may overflow.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl")
 TAILS = ("bucket", "renormalise", "none")
@@ -30,8 +27,11 @@ TAILS = ("bucket", "renormalise", "none")
 # there
 ULP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
-
-pytestmark = pytest.mark.usefixtures("triton_runs")
+# Listed entries go through the ordinary formula before they are overwritten; it may overflow.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning"),
+    pytest.mark.usefixtures("triton_runs"),
+]
 
 
 def make(rows: int, vocabulary: int, k: int, seed: int = 0, dtype: Any = torch.float32) -> dict:
