@@ -31,16 +31,9 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "lib"))
+from kd_losses import CE_WEIGHT, KD_WEIGHT, Batch, Provider, eager, make_batch
 from results_csv import Row, append, hardware, versions
 
-from kernels import (  # noqa: TID251 (the benchmark beside this one)
-    CE_WEIGHT,
-    KD_WEIGHT,
-    Batch,
-    Provider,
-    eager,
-    make_batch,
-)
 from rekindle.kernels.encoded import EncodedTargets
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
 from rekindle.kernels.targets import DecodedTargets
