@@ -18,10 +18,12 @@ from rekindle.kernels.targets import (
     LossSettings,
     SparseTriple,
     check_tensor,
+    read_number,
 )
 
 # targets that carry all a loss needs
 TargetObjects = EncodedTargets | DecodedTargets | WholeTargets
+Sums = tuple[float, float]  # the least and the largest that a row's ids and tail may have
 
 # A row's probabilities may sum to 1 + SUM_TOLERANCE: rounding sixty of them to bfloat16 adds less.
 SUM_TOLERANCE = 0.01
@@ -93,11 +95,9 @@ def check_student(student: StudentLogits) -> None:
 
 
 def label_weight(labels: Tensor | None, ce_weight: float | None) -> float:
-    """Return the weight of CE.
-
-    Raise ValueError for labels without ce_weight, or a non-zero ce_weight without labels.
-    """
-    if labels is None and ce_weight:
+    """Return the weight of CE; raise ValueError for labels without one, or one without labels."""
+    weight = 0.0 if ce_weight is None else read_number("ce_weight", ce_weight)
+    if labels is None and weight:
         raise ValueError(
             f"ce_weight is {ce_weight} and there are no labels, so there is no cross-entropy. Give "
             "labels [N], or leave ce_weight out"
@@ -107,29 +107,31 @@ def label_weight(labels: Tensor | None, ce_weight: float | None) -> float:
             "labels are given without ce_weight: set ce_weight=1.0 to train on them, or 0.0 to "
             "get their cross-entropy (.ce) only"
         )
-    return ce_weight or 0.0
+    return weight
 
 
 def prepare_targets(
-    targets: KernelTargets, student: StudentLogits, settings: LossSettings, impl: str
+    targets: KernelTargets,
+    student: StudentLogits,
+    settings: LossSettings,
+    impl: str,
+    sums_to_one: bool = False,
 ) -> tuple[KernelTargets, bool]:
     """Check the targets, and return them without gradient (with ids and labels as int64 for
     PyTorch), and whether they are known to be full: every slot lists an id and every label counts.
 
     Raise ValueError for targets that do not match the student's N rows or its device, and on a CPU
-    for invalid values.
+    for invalid values. With `sums_to_one`, ids and tail of a row with ids must sum to 1, not less.
     """
     rows, device, encoded = len(student.inputs), student.inputs.device, settings.kept > 0
-    ids, probs, tail, labels, weight, high = targets
+    ids, probs, tail, labels, weight = targets[:5]
     shapes = f"for target_ids and target_probs [N,K], all else [N], with N = {rows} rows"
     check_tensor("target_ids", ids, (rows, "K"), shapes, device)
     check_tensor("target_probs", probs, tuple(ids.shape), shapes, device)
-    check_tensor("tail_prob", tail, (rows, 3) if encoded else (rows,), shapes, device)
-    check_tensor("labels", labels, (rows,), shapes, device)
-    check_tensor("row_weight", weight, (rows,), shapes, device)
-    check_tensor("ids_high", high, (rows, "Q"), shapes, device)
-    for name, integers in (("target_ids", ids), ("labels", labels)):
-        _check_integers(name, integers)
+    for name, tensor in {"tail_prob": tail, "labels": labels, "row_weight": weight}.items():
+        check_tensor(name, tensor, (rows,), shapes, device)
+    _check_integers("target_ids", ids)
+    _check_integers("labels", labels)
     if any(t is not None and t.requires_grad for t in targets):
         targets = KernelTargets(*(None if t is None else t.detach() for t in targets))  # type: ignore[arg-type]
     reads_values = device.type == "cpu" and not encoded and not torch.compiler.is_compiling()
@@ -143,8 +145,11 @@ def prepare_targets(
             ~torch.isfinite(weight),
             lambda row: f"row_weight holds {float(weight[row]):g} in row {row}; it must be finite",
         )
-    is_known_full = reads_values and _raise_or_find_full(targets, student.vocabulary, settings)
-    return targets, is_known_full
+    least = 1 - SUM_TOLERANCE if sums_to_one else 0.0
+    sums = least, 1 + SUM_TOLERANCE if settings.tail == "bucket" else FLOAT32_MAX
+    return targets, reads_values and _raise_or_find_full(
+        targets, student.vocabulary, settings, sums
+    )
 
 
 def _check_integers(name: str, integers: Tensor | None) -> None:
@@ -178,25 +183,6 @@ def check_whole_values(targets: WholeTargets, active: Tensor) -> None:
         lambda row: (
             f"the teacher's log_probs of row {row} hold NaN or +inf, or are all -inf: that is not "
             "a distribution"
-        ),
-    )
-
-
-def check_not_below_one(targets: KernelTargets) -> None:
-    """Raise ValueError, naming the row, if probabilities and a given tail sum to less than 1 in a
-    row with ids. Checks CPU tensors only.
-    """
-    assert targets.tail is not None
-    if targets.tail.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    listed = targets.ids >= 0
-    mass = torch.where(listed, targets.probs, 0.0).sum(1, dtype=torch.float64) + targets.tail
-    _raise_for_first(
-        (mass < 1 - SUM_TOLERANCE) & listed.any(1) & targets.active(),
-        lambda row: (
-            f"target_probs and tail_prob sum to {float(mass[row]):g} in row {row}; they must sum "
-            "to 1. Leave tail_prob out, and the rest counts as the tail. For a mixture in which "
-            "some teacher has no target, pass the DecodedTargets that merge_targets returns"
         ),
     )
 
@@ -236,14 +222,16 @@ def _check_mixed_values(
         )
 
 
-def _raise_or_find_full(targets: KernelTargets, vocabulary: int, settings: LossSettings) -> bool:
+def _raise_or_find_full(
+    targets: KernelTargets, vocabulary: int, settings: LossSettings, sums: Sums
+) -> bool:
     """Raise ValueError, naming the row, for wrong values in the rows that count.
 
     Return the result of `_is_valid_and_full`.
     """
-    if _is_valid_and_full(targets, vocabulary, settings):
+    if _is_valid_and_full(targets, vocabulary, settings, sums):
         return True
-    if _all_rows_pass(targets, vocabulary, settings):
+    if _all_pass(targets, vocabulary, settings, sums):
         return False
     active = targets.active()
     ids, listed = targets.ids, (targets.ids >= 0) & active[:, None]
@@ -276,12 +264,14 @@ def _raise_or_find_full(targets: KernelTargets, vocabulary: int, settings: LossS
             "they are probabilities"
         ),
     )
-    _check_masses(targets, probs, active, settings, first_probs)
+    _check_masses(targets, probs, active, sums, first_probs)
     _check_labels(targets, vocabulary, settings.ignore_index)
     return False
 
 
-def _is_valid_and_full(targets: KernelTargets, vocabulary: int, settings: LossSettings) -> bool:
+def _is_valid_and_full(
+    targets: KernelTargets, vocabulary: int, settings: LossSettings, sums: Sums
+) -> bool:
     """Return whether the call is small, its values are valid, every slot lists an id and every
     label counts.
 
@@ -294,11 +284,11 @@ def _is_valid_and_full(targets: KernelTargets, vocabulary: int, settings: LossSe
         len({*row}) < len(row) or min(row) < 0 or max(row) >= vocabulary for row in ids.tolist()
     ):
         return False
-    largest_sum = 1 + SUM_TOLERANCE if settings.tail == "bucket" else FLOAT32_MAX
     tails = [0.0] * len(ids) if tail is None else tail.tolist()
     for row, tail_mass in zip(probs.tolist(), tails, strict=True):
         # a sum with NaN fails the comparison, whatever `min` returns
-        if not (min(row) >= 0 and tail_mass >= 0 and sum(row) + tail_mass <= largest_sum):
+        mass = sum(row) + tail_mass
+        if not (min(row) >= 0 and tail_mass >= 0 and sums[0] <= mass <= sums[1]):
             return False
     if labels is None:
         return True
@@ -306,7 +296,7 @@ def _is_valid_and_full(targets: KernelTargets, vocabulary: int, settings: LossSe
     return min(numbers) >= 0 and max(numbers) < vocabulary and settings.ignore_index not in numbers
 
 
-def _all_rows_pass(targets: KernelTargets, vocabulary: int, settings: LossSettings) -> bool:
+def _all_pass(targets: KernelTargets, vocabulary: int, settings: LossSettings, sums: Sums) -> bool:
     """Return True if all rows are valid. False proves nothing: a row that does not count may hold
     anything.
     """
@@ -324,7 +314,7 @@ def _all_rows_pass(targets: KernelTargets, vocabulary: int, settings: LossSettin
         return False
     mass = probs.sum(1, dtype=torch.float64)
     mass = mass if tail is None else mass + tail
-    if not float(mass.amax()) <= (1 + SUM_TOLERANCE if settings.tail == "bucket" else FLOAT32_MAX):
+    if not (sums[0] <= float(mass.amin()) and float(mass.amax()) <= sums[1]):
         return False
     if labels is not None:
         lowest, highest = (int(extreme) for extreme in labels.aminmax())
@@ -338,14 +328,15 @@ def _check_masses(
     targets: KernelTargets,
     probs: Tensor,
     active: Tensor,
-    settings: LossSettings,
+    sums: Sums,
     first_probs: Callable[[int], str],
 ) -> None:
-    """Check that tails are probabilities, and that ids and tail bucket together sum to at most 1.
+    """Check that tails are probabilities, and the sums of ids and tail.
 
-    A sum below 1 is valid: a mixture has one where a teacher has no target. With tail='none' the
-    probabilities may be weights of a sample, which sum to 1 only on average.
+    A sum below 1 is valid where it is no pair of arguments: a mixture has one where a teacher has
+    no target.
     """
+    least, largest = sums
     mass = probs.sum(1, dtype=torch.float64)
     if (tail := targets.tail) is not None:
         _raise_for_first(
@@ -356,10 +347,10 @@ def _check_masses(
             ),
         )
         mass = mass + torch.where((targets.ids >= 0).any(1), tail, 0.0)
-    if settings.tail == "bucket":
+    if largest < FLOAT32_MAX:
         with_tail = "" if tail is None else " and tail_prob"
         _raise_for_first(
-            (mass > 1 + SUM_TOLERANCE) & active,
+            (mass > largest) & active,
             lambda row: (
                 f"target_probs{with_tail} sum to {float(mass[row]):g} in row {row} "
                 f"({first_probs(row)} …), which is no distribution: they must sum to 1 or less. "
@@ -367,6 +358,14 @@ def _check_masses(
                 "scaled to 1, use tail='renormalise'"
             ),
         )
+    _raise_for_first(
+        (mass < least) & (targets.ids >= 0).any(1) & active,
+        lambda row: (
+            f"target_probs and tail_prob sum to {float(mass[row]):g} in row {row}; they must sum "
+            "to 1. Leave tail_prob out, and the rest counts as the tail. For a mixture in which "
+            "some teacher has no target, pass the DecodedTargets that merge_targets returns"
+        ),
+    )
 
 
 def _check_labels(targets: KernelTargets, vocabulary: int, ignore_index: int) -> None:

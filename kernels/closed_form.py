@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rekindle.kernels.softmax import Slots, Softmax, may_read, softmax_, squared, times_line_
 from rekindle.kernels.targets import LOG_OF_ZERO, KernelTargets, LossSettings, target_masses
 
 
@@ -58,16 +59,20 @@ def loss_block(
     """
     needs_gradient = coefficients is not None
     slope = transform_(z, settings.logit_scale, settings.softcap, keep_slope=needs_gradient)
-    slots = _Slots.gather(z, targets.ids)
+    slots = Slots.gather(z, targets.ids)
     label = _Label.gather(z, targets, settings.ignore_index)
-    tau = settings.temperature
+    tau, squares, second = settings.temperature, None, None
     if tau == 1.0:
-        tempered = at_one = _softmax_(z, slots, 1.0)
+        tempered = at_one = softmax_(z, slots, 1.0)
     elif label is None:
-        tempered = at_one = _softmax_(z.div_(tau), slots, tau)
+        tempered = at_one = softmax_(z.div_(tau), slots, tau)
+    elif tau == 2.0:
+        tempered = softmax_(z.div_(tau), slots, tau)
+        at_one, squares = squared(z, tempered, slots)
     else:
-        tempered = _softmax_(z / tau, slots, tau)
-        at_one = _softmax_(z, slots, 1.0, tempered.finite)
+        second = z / tau
+        tempered = softmax_(second, slots, tau)
+        at_one = softmax_(z, slots, 1.0, tempered.finite)
     scale = None if coefficients is None else _scaled(coefficients.kd, settings.logit_scale / tau)
     if targets.probs.dim() == 3:
         kd, gradient = _several_teachers(targets, tempered.log_p, settings, scale)
@@ -87,10 +92,12 @@ def loss_block(
         a = _scaled(a, settings.logit_scale)
         at_one_gradient = a * at_one.log_p.exp()
         rest, gradient = gradient[:, -1:], gradient + at_one_gradient
-        if tempered is at_one:
-            z.mul_(gradient[:, -1:])
+        if second is not None:
+            z.mul_(at_one_gradient[:, -1:]).addcmul_(second, rest)
+        elif squares is not None:
+            times_line_(z, at_one_gradient[:, -1:] / squares, rest)
         else:
-            z.mul_(at_one_gradient[:, -1:]).addcmul_(tempered.shares, rest)
+            z.mul_(gradient[:, -1:])
         slots.write_(z, gradient[:, :-1])
         z.scatter_add_(1, label.ids, -a)
     if slope is not None:
@@ -100,11 +107,6 @@ def loss_block(
 
 def _scaled(values: Tensor, factor: float) -> Tensor:
     return values if factor == 1.0 else values * factor
-
-
-def _may_read(values: Tensor) -> bool:
-    """Return whether values may be read on the host: on a device that would mean waiting for it."""
-    return values.device.type == "cpu"
 
 
 def _one_teacher(
@@ -170,7 +172,7 @@ def divergence_parts(q: Tensor, log_p: Tensor, settings: LossSettings) -> Diverg
     cannot produce (their term is a constant) and for an empty rest (no outcome at all).
     """
     possible = None
-    if not (_may_read(log_p) and float(log_p.amin()) > -math.inf):
+    if not (may_read(log_p) and float(log_p.amin()) > -math.inf):
         possible = log_p != -math.inf
         q = torch.cat([q[:, :-1], torch.where(possible[:, -1:], q[:, -1:], 0.0)], 1)
     p = log_p.exp()
@@ -186,7 +188,7 @@ def parts_of(
     0.
     """
     log_q = q.log()
-    if not (_may_read(q) and float(q.amin()) > 0):
+    if not (may_read(q) and float(q.amin()) > 0):
         log_q = torch.where(q > 0, log_q, LOG_OF_ZERO)
     terms, p_phi = _TERMS[settings.divergence](q, log_q, p, log_p, **settings.of_divergence)
     if possible is not None:
@@ -241,87 +243,6 @@ def logit(share: float) -> float:
     return math.log(share) - math.log1p(-share)
 
 
-class _Slots(NamedTuple):
-    """The k listed entries of each row: read before the block is overwritten, written after.
-
-    Padding slots point at the row's first listed id and repeat its value, so that scattering
-    through them is harmless. A row that lists nothing points at column 0 and writes back what it
-    holds.
-    """
-
-    ids: Tensor  # [C,K] int64, in range
-    logits: Tensor  # [C,K]
-    listed: Tensor | None = None  # [C,K] bool; None: all of them
-    anchor: Tensor | None = None  # [C,1] int64: the first listed slot
-
-    @staticmethod
-    def gather(z: Tensor, ids: Tensor) -> "_Slots":
-        if ids.shape[1] == 0:
-            return _Slots(ids, z[:, :0], ids >= 0)
-        if _may_read(ids) and int(ids.amin()) >= 0:
-            return _Slots(ids, z.gather(1, ids))
-        listed = ids >= 0
-        anchor = listed.int().argmax(1, keepdim=True)
-        ids = torch.where(listed, ids, ids.gather(1, anchor)).clamp(min=0)
-        return _Slots(ids, z.gather(1, ids), listed, anchor)
-
-    def write_(self, z: Tensor, values: Tensor | float) -> None:
-        """Store values [C,K], or one value, at the listed ids."""
-        if self.listed is None:
-            z.scatter_(1, self.ids, values)
-        elif self.anchor is not None:
-            if isinstance(values, float):
-                values = torch.full_like(self.logits, values)
-            lists_any = self.listed.gather(1, self.anchor)
-            values = torch.where(self.listed, values, values.gather(1, self.anchor))
-            z.scatter_(1, self.ids, torch.where(lists_any, values, z.gather(1, self.ids)))
-
-
-class _Softmax(NamedTuple):
-    """softmax(scaled logits): log p of the listed ids, and the shares of all others in the rest."""
-
-    shares: Tensor  # [C,V]: softmax over the complement; 0 at the listed ids
-    log_p: Tensor  # [C,K+1], -inf at padding; the last is the complement's mass
-    shift: Tensor  # [C,1]: the row's largest logit
-    log_norm: Tensor  # [C,1]: log-sum-exp of the shifted logits
-    finite: bool  # every row is known to have a possible id in its complement
-
-
-def _softmax_(scaled: Tensor, slots: _Slots, temperature: float, finite: bool = False) -> _Softmax:
-    """Overwrite the scaled logits [C,V] with the shares.
-
-    The complement's mass is a log-sum-exp of its own, never 1 − Σ, and everything is relative to
-    the row's largest logit, so |z| = 1e4 loses nothing to cancellation.
-    """
-    slots.write_(scaled, -math.inf)  # removes them from the softmax
-    peak = scaled.amax(1, keepdim=True)
-    finite = finite or (_may_read(peak) and float(peak.amin()) > -math.inf)
-    if scaled.device.type == "cpu":
-        torch.softmax(scaled, 1, out=scaled)  # reads each row before it writes it
-    else:
-        scaled.copy_(torch.softmax(scaled, 1))
-    if not finite:
-        empty = peak == -math.inf
-        scaled.masked_fill_(empty, 0.0)
-    listed = slots.logits if temperature == 1.0 else slots.logits / temperature
-    if slots.listed is not None:
-        listed = torch.where(slots.listed, listed, -math.inf)
-    shift = peak if listed.shape[1] == 0 else torch.maximum(peak, listed.amax(1, keepdim=True))
-    if not finite:
-        shift = torch.where(shift == -math.inf, 0.0, shift)
-    # the largest share is exactly 1 / Σ exp(z − peak)
-    outside = peak - shift - scaled.amax(1, keepdim=True).log()
-    if not finite:
-        outside = torch.where(empty, -math.inf, outside)
-    log_p = torch.cat([listed - shift, outside], 1)
-    if finite:  # logsumexp without its handling of infinities
-        top = log_p.amax(1, keepdim=True)
-        log_norm = (log_p - top).exp_().sum(1, keepdim=True).log_().add_(top)
-    else:
-        log_norm = log_p.logsumexp(1, keepdim=True)
-    return _Softmax(scaled, log_p.sub_(log_norm), shift, log_norm, finite)
-
-
 class _Label(NamedTuple):
     """The hard labels of a block; ids of rows without a label point at column 0."""
 
@@ -336,7 +257,7 @@ class _Label(NamedTuple):
             return None
         ids = targets.labels[:, None]
         counts = ids != ignore_index
-        all_count = _may_read(ids) and bool(counts.all())
+        all_count = may_read(ids) and bool(counts.all())
         if not all_count:
             ids = torch.where(counts, ids, 0)
         logits = z.gather(1, ids)
@@ -344,7 +265,7 @@ class _Label(NamedTuple):
             return _Label(ids, logits, None, None)
         return _Label(ids, logits, counts, counts & (logits != -math.inf))
 
-    def cross_entropy(self, at_one: _Softmax) -> Tensor:
+    def cross_entropy(self, at_one: Softmax) -> Tensor:
         """Return CE [C]."""
         ce = -(self.logits - at_one.shift - at_one.log_norm)
         if self.counts is not None and self.possible is not None:

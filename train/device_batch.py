@@ -31,9 +31,8 @@ from rekindle.data.targets.interpolation import parabola
 from rekindle.data.views.registry import view_kind
 from rekindle.kernels.blocks import row_blocks
 from rekindle.kernels.checks import TargetObjects
-from rekindle.kernels.encoded import EncodedTargets, decode
+from rekindle.kernels.encoded import EncodedTargets, decode, odds_at
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets, LogProbBlocks, WholeLogits
-from rekindle.kernels.interpolation import odds_at
 from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.model.passes import note_padding
 from rekindle.train.model.split_model import OutputHead

@@ -1,7 +1,7 @@
 """Times every shape in which the row kernel can take a row here, compared with a copy of the same
 bytes.
 
-Called by `kernels.py --shapes`. A shape first has to agree with float64.
+Called by `kd_losses.py --shapes`. A shape first has to agree with float64.
 """
 
 import math
