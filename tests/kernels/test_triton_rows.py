@@ -20,9 +20,6 @@ row_shapes = pytest.importorskip("rekindle.kernels.row_shapes")
 triton_rows = pytest.importorskip("rekindle.kernels.triton_rows")
 Shape = row_shapes.Shape
 
-# Listed entries go through the ordinary formula before they are overwritten; it may overflow.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl")
 TAILS = ("bucket", "renormalise", "none")
@@ -30,8 +27,11 @@ TAILS = ("bucket", "renormalise", "none")
 # there
 ULP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
-
-pytestmark = pytest.mark.usefixtures("triton_runs")
+# Listed entries go through the ordinary formula before they are overwritten; it may overflow.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning"),
+    pytest.mark.usefixtures("triton_runs"),
+]
 
 
 def make(rows: int, vocabulary: int, k: int, seed: int = 0, dtype: Any = torch.float32) -> dict:
@@ -361,15 +361,21 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
         kd_loss(case["logits"].cpu(), case["ids"].cpu(), case["probs"].cpu(), impl="triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_scaling_by_an_upstream_scalar(dtype: torch.dtype) -> None:
-    """More than one block; a factor of 1 leaves memory alone; a view with gaps is scaled too."""
+    """More than one block; a factor of 1 leaves memory alone; a view with gaps is scaled too.
+
+    Float64 is computed in float64: the PyTorch path hands its gradients to this kernel on a GPU.
+    """
     from rekindle.kernels.triton_rows import scale_unless_one
 
     g = torch.Generator().manual_seed(0)
-    values = torch.randn(5, 1003, generator=g).to(DEVICE, dtype)
+    values = torch.randn(5, 1003, generator=g, dtype=torch.float64).to(DEVICE, dtype)
+    factors = [torch.tensor(f, device=DEVICE) for f in (1.0, 0.25, 0.3)]
+    if dtype != torch.float16:  # the linear head's weight may have fewer bits than its loss
+        factors += [torch.tensor(f, dtype=torch.float64, device=DEVICE) for f in (1 + 1e-9, 0.3)]
     for given in (values, values.new_zeros(5, 1100)[:, :1003].copy_(values)):
-        for factor in (1.0, 0.25):
+        for factor in factors:
             scaled = given.clone(memory_format=torch.preserve_format)
-            scale_unless_one(scaled, torch.tensor(factor, device=DEVICE))
+            scale_unless_one(scaled, factor)
             assert torch.equal(scaled, values * factor)
