@@ -18,6 +18,7 @@ from rekindle.kernels.targets import (
     LossSettings,
     SparseTriple,
     check_tensor,
+    read_number,
 )
 
 # targets that carry all a loss needs
@@ -95,7 +96,8 @@ def check_student(student: StudentLogits) -> None:
 
 def label_weight(labels: Tensor | None, ce_weight: float | None) -> float:
     """Return the weight of CE; raise ValueError for labels without one, or one without labels."""
-    if labels is None and ce_weight:
+    weight = 0.0 if ce_weight is None else read_number("ce_weight", ce_weight)
+    if labels is None and weight:
         raise ValueError(
             f"ce_weight is {ce_weight} and there are no labels, so there is no cross-entropy. Give "
             "labels [N], or leave ce_weight out"
@@ -105,7 +107,7 @@ def label_weight(labels: Tensor | None, ce_weight: float | None) -> float:
             "labels are given without ce_weight: set ce_weight=1.0 to train on them, or 0.0 to "
             "get their cross-entropy (.ce) only"
         )
-    return ce_weight or 0.0
+    return weight
 
 
 def prepare_targets(
@@ -122,16 +124,14 @@ def prepare_targets(
     for invalid values. With `sums_to_one`, ids and tail of a row with ids must sum to 1, not less.
     """
     rows, device, encoded = len(student.inputs), student.inputs.device, settings.kept > 0
-    ids, probs, tail, labels, weight, high = targets
+    ids, probs, tail, labels, weight = targets[:5]
     shapes = f"for target_ids and target_probs [N,K], all else [N], with N = {rows} rows"
     check_tensor("target_ids", ids, (rows, "K"), shapes, device)
     check_tensor("target_probs", probs, tuple(ids.shape), shapes, device)
-    check_tensor("tail_prob", tail, (rows, 3) if encoded else (rows,), shapes, device)
-    check_tensor("labels", labels, (rows,), shapes, device)
-    check_tensor("row_weight", weight, (rows,), shapes, device)
-    check_tensor("ids_high", high, (rows, "Q"), shapes, device)
-    for name, integers in (("target_ids", ids), ("labels", labels)):
-        _check_integers(name, integers)
+    for name, tensor in {"tail_prob": tail, "labels": labels, "row_weight": weight}.items():
+        check_tensor(name, tensor, (rows,), shapes, device)
+    _check_integers("target_ids", ids)
+    _check_integers("labels", labels)
     if any(t is not None and t.requires_grad for t in targets):
         targets = KernelTargets(*(None if t is None else t.detach() for t in targets))  # type: ignore[arg-type]
     reads_values = device.type == "cpu" and not encoded and not torch.compiler.is_compiling()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rekindle.kernels.targets import DecodedTargets, check_tensor
+from rekindle.kernels.targets import DecodedTargets, KernelTargets, check_tensor
 
 STEP = 1024.0  # fixed point: units per nat
 PRECISE_STEP = 2048.0  # units per nat of 16-bit values
@@ -44,15 +44,24 @@ class EncodedTargets:
         stored = self.ids.shape[1]
         return stored if self.k is None else min(self.k, stored)
 
-    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return ids and scalars [N,3] as int16 bit patterns, values and planes as uint8."""
-        scalars = (self.log_prob_max, self.log_prob_min, self.tail_log_odds)
-        side = torch.stack([s.view(torch.int16) for s in scalars if s is not None], dim=1)
-        return self.ids.view(torch.int16), self.values, side, self.ids_high
+    def packed(self) -> KernelTargets:
+        """Return the same memory as the Triton kernels take it: uint16 as int16 bit patterns."""
+        low, highest = self.ids.view(torch.int16), self.log_prob_max.view(torch.int16)
+        lowest = None if self.log_prob_min is None else self.log_prob_min.view(torch.int16)
+        return KernelTargets(
+            low,
+            self.values,
+            self.tail_log_odds,
+            ids_high=self.ids_high,
+            log_prob_max=highest,
+            log_prob_min=lowest,
+        )
 
 
-def check_encoded(targets: EncodedTargets, rows: int) -> None:
-    """Raise ValueError if dtypes or shapes are not a cache's, or not of the student's rows."""
+def check_encoded(targets: EncodedTargets, rows: int, device: torch.device) -> None:
+    """Raise ValueError if dtypes or shapes are not a cache's, or not of the student's rows, or if
+    a tensor is not on its device.
+    """
     types = {"ids": torch.uint16, "values": torch.uint8, "log_prob_max": torch.uint16}
     types |= {"log_prob_min": torch.uint16, "tail_log_odds": torch.int16, "ids_high": torch.uint8}
     if targets.log_prob_min is None:
@@ -67,7 +76,7 @@ def check_encoded(targets: EncodedTargets, rows: int) -> None:
             raise ValueError(
                 f"the targets' {name} is {type(tensor).__qualname__}; give {requirement}"
             )
-        check_tensor(f"the targets' {name}", tensor, shape.get(name, (rows,)), requirement)
+        check_tensor(f"the targets' {name}", tensor, shape.get(name, (rows,)), requirement, device)
         if tensor.dtype != dtype:
             raise ValueError(
                 f"the targets' {name} is {tensor.dtype}; it must be {dtype}, {requirement}"

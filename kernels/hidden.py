@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rekindle.kernels.blocks import compute_dtype, matrix_dtype, product_, row_blocks
 from rekindle.kernels.closed_form import transform_
-from rekindle.kernels.targets import check_factors, check_tensor
+from rekindle.kernels.targets import check_tensor, read_factor
 from rekindle.kernels.whole_vocabulary import log_softmax_
 
 
@@ -57,7 +57,8 @@ class WholeLogits(NamedTuple):
         if isinstance(targets, DenseTargets):
             return cls(targets.log_probs.detach())
         tensors = (None if t is None else t.detach() for t in targets[:4])
-        return cls._make((*tensors, targets.softcap, float(targets.logit_scale)))
+        softcap = None if targets.softcap is None else float(targets.softcap)
+        return cls._make((*tensors, softcap, float(targets.logit_scale)))
 
 
 class LogProbBlocks:
@@ -138,7 +139,9 @@ def check_whole(targets: WholeTargets, rows: int, vocabulary: int, device: torch
     """Raise ValueError if the targets do not fit the student's N rows, V ids and device."""
     sizes: dict[str, tuple[int, ...]] = {"log_probs": (rows, vocabulary)}
     if isinstance(targets, HiddenTargets):
-        check_factors("the teacher's ", logit_scale=targets.logit_scale, softcap=targets.softcap)
+        read_factor("the teacher's logit_scale", targets.logit_scale)
+        if targets.softcap is not None:
+            read_factor("the teacher's softcap", targets.softcap)
         size = -1 if targets.weight is None else targets.weight.shape[-1]
         sizes = {"weight": (vocabulary, size), "states": (rows, size)}
         sizes |= {"scale": (rows,), "bias": (vocabulary,)}

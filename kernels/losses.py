@@ -35,9 +35,9 @@ from rekindle.kernels.targets import (
     KernelTargets,
     LossSettings,
     SparseTriple,
-    check_number,
     check_tensor,
     merge_rows,
+    read_number,
     union_rows,
 )
 
@@ -80,6 +80,8 @@ def kd_loss(
         z    = cap·tanh(logit_scale·logits / cap)
 
     The gradient is exactly the derivative of the returned loss. Targets and row_weight get none.
+    Numbers may be NumPy scalars or tensors of no dimension, too; they are read, so the host waits
+    for one that is on a GPU.
 
     Args:
         logits: [N,V] float64 (computed and returned in float64), float32, bfloat16 or float16
@@ -143,8 +145,6 @@ def kd_loss(
     several = isinstance(target_ids, list)
     all_targets: list[AnyTargets] = [*target_ids] if isinstance(target_ids, list) else [target_ids]
     check_kinds(all_targets, several)
-    if skew is not None:
-        check_number("skew", skew)
     settings = LossSettings(
         temperature=temperature,
         ce_weight=label_weight(labels, ce_weight),
@@ -155,17 +155,16 @@ def kd_loss(
         reduction=reduction,
         softcap=softcap,
         logit_scale=logit_scale,
-        skew=skew_of(divergence, skew),
-    )
+        skew=skew_of(divergence, None if skew is None else read_number("skew", skew)),
+    ).checked()
     check_student(student)
-    settings.check()
     whole = WholeLogits()
     if isinstance(target_ids, WholeTargets):
         check_whole(target_ids, len(student.inputs), student.vocabulary, student.inputs.device)
         whole = WholeLogits.of(target_ids)
     for teacher_targets in all_targets:
         if isinstance(teacher_targets, EncodedTargets):
-            check_encoded(teacher_targets, len(student.inputs))
+            check_encoded(teacher_targets, len(student.inputs), student.inputs.device)
     implementation = choose(impl, student, all_targets)
     if len(all_targets) == 1:
         targets, settings = _pack_or_decode(
@@ -389,9 +388,7 @@ def _pack_or_decode(
             f"{', '.join(LINEAR_DIVERGENCES)}, or targets of another kind (topk, dense, hidden)"
         )
     if isinstance(given, EncodedTargets) and implementation == "triton":
-        low, values, scalars, high = given.packed()
-        packed = KernelTargets(low, values, scalars, high=high)
-        return packed, settings._replace(kept=given.kept, planes=given.planes)
+        return given.packed(), settings._replace(kept=given.kept, planes=given.planes)
     decoded = decode(given, settings.temperature) if isinstance(given, EncodedTargets) else given
     if decoded.probs is None:
         raise ValueError("the probs of DecodedTargets are missing; ids alone are no target")

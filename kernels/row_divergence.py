@@ -34,7 +34,7 @@ def max_of_row(x):
 
 @triton.jit
 def decode_row(
-    ids_ptr, values_ptr, side_ptr, high_ptr, row, lane, K, kept, inverse_tau,
+    ids_ptr, values_ptr, log_odds_ptr, high_ptr, max_ptr, min_ptr, row, lane, K, kept, inverse_tau,
     PLANES: tl.constexpr,
 ):  # fmt: skip
     """Return ids (-1 past `kept`), their probabilities and the tail mass: `encoded.decode` of one
@@ -47,9 +47,9 @@ def decode_row(
         plane_bytes = high_ptr + row * ((PLANES * K + 7) // 8) + bit // 8
         planes = tl.load(plane_bytes, mask=is_stored, other=0)
         ids |= ((planes.to(tl.int32) >> (bit % 8)) & 1) << (16 + plane)
-    highest = tl.load(side_ptr + row * 3).to(tl.int32) & 0xFFFF
-    lowest = tl.load(side_ptr + row * 3 + 1).to(tl.int32) & 0xFFFF
-    log_odds = tl.load(side_ptr + row * 3 + 2).to(tl.int32)
+    highest = tl.load(max_ptr + row).to(tl.int32) & 0xFFFF
+    lowest = tl.load(min_ptr + row).to(tl.int32) & 0xFFFF
+    log_odds = tl.load(log_odds_ptr + row).to(tl.int32)
     step = (lowest - highest).to(tl.float32) * (inverse_tau * _LOG2E / (255.0 * _STEP))
     values = tl.load(values_ptr + row * K + lane, mask=is_stored, other=0).to(tl.float32)
     weights = tl.where(is_stored, tl.exp2(-values * step), 0.0)

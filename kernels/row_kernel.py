@@ -76,10 +76,11 @@ def row_kernel(
     grad_ptr,  # the same layout; the same memory if HIDE, or if the logits may be overwritten
     ids_ptr,  # [N,K] integers, -1 = padding; if ENCODED the low 16 bits
     probs_ptr,  # [N,K] floats, [N,T,K] for T > 1 teachers; if ENCODED uint8 values
-    tail_ptr,  # [N,T] floats or None; if ENCODED int16 [N,3], see encoded.EncodedTargets.packed
+    tail_ptr,  # [N,T] floats or None; if ENCODED tail_log_odds [N] int16
     labels_ptr,  # [N] integers, or None
     weight_ptr,  # [N]; 0 = row ignored; or None
     high_ptr,  # [N,Q] uint8, with PLANES; or None
+    max_ptr, min_ptr,  # log_prob_max and log_prob_min [N] int16 if ENCODED, else None
     bias_ptr,  # [V], added to the logits; or None. With HIDE, rows must start aligned
     counts_ptr,  # [2] float32: 1 / the number of rows of CE, and of D; or None
     upstream_ptr,  # float32, `upstream_stride` (0 or 1) apart; or None
@@ -155,8 +156,9 @@ def row_kernel(
             tail_stored = 0.0
             if ENCODED:
                 ids, q_stored, tail_stored = decode_row(
-                    ids_ptr, probs_ptr, tail_ptr, high_ptr, row, slot, K, kept, inverse_tau, PLANES
-                )
+                    ids_ptr, probs_ptr, tail_ptr, high_ptr, max_ptr, min_ptr, row, slot, K, kept,
+                    inverse_tau, PLANES,
+                )  # fmt: skip
             else:
                 ids = tl.load(ids_ptr + row * K + slot, mask=slot < K, other=-1)
             is_invalid = max_of_row(((ids < -1) | (ids >= V)).to(tl.int32)) > 0

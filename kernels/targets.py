@@ -26,8 +26,14 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 MAX_KEPT = 4096  # most ids a row for the Triton kernels, which keep them in registers
 
 
-def check_number(name: str, number: object) -> None:
-    """Raise ValueError unless it is a real number; a tensor that requires a gradient is refused."""
+def read_number(name: str, number: object) -> float:
+    """Return a real number as a float; raise ValueError for anything else.
+
+    A NumPy scalar is one, and so is a tensor of no dimension that requires no gradient. Reading one
+    from a device waits for it.
+    """
+    if type(number) is float:
+        return number
     if isinstance(number, Tensor) and number.requires_grad:
         raise ValueError(
             f"{name} is a tensor that requires a gradient, but the loss gives a gradient to the "
@@ -35,16 +41,31 @@ def check_number(name: str, number: object) -> None:
         )
     if not (isinstance(number, Real) or (isinstance(number, Tensor) and number.dim() == 0)):
         raise ValueError(f"{name} is {number!r}; it must be a number")
+    return float(number)
 
 
-def check_factors(whose: str = "", **factors: float | None) -> None:
-    """Raise ValueError for a factor that is not positive and finite; softcap may be None."""
-    for name, factor in factors.items():
-        if factor is None and name == "softcap":
-            continue
-        check_number(whose + name, factor)
-        if not 0 < factor < math.inf:  # type: ignore[operator]
-            raise ValueError(f"{whose}{name} is {factor}; it must be positive and finite")
+def read_factor(name: str, number: object) -> float:
+    """Return a positive, finite number as a float; raise ValueError for anything else."""
+    factor = read_number(name, number)
+    if not 0 < factor < math.inf:
+        raise ValueError(f"{name} is {number}; it must be positive and finite")
+    return factor
+
+
+def _read_weight(name: str, number: object) -> float:
+    weight = read_number(name, number)
+    if not math.isfinite(weight):
+        raise ValueError(f"{name} is {number}; it must be finite")
+    return weight
+
+
+def _read_integer(name: str, number: object) -> int:
+    if type(number) is int:
+        return number
+    integer = read_number(name, number)
+    if not integer.is_integer():
+        raise ValueError(f"{name} is {number}; it must be an integer")
+    return int(integer)
 
 
 def check_tensor(
@@ -108,20 +129,20 @@ class LossSettings(NamedTuple):
         """Return the arguments of the divergence's formula besides q and p."""
         return {"skew": self.skew} if self.divergence == SKEWED else {}
 
-    def check(self) -> None:
-        """Raise ValueError for an invalid setting."""
+    def checked(self) -> "LossSettings":
+        """Return the settings with plain numbers only; raise ValueError for an invalid one."""
         choices = {"divergence": DIVERGENCES, "tail": TAILS, "reduction": REDUCTIONS}
         for name, allowed in choices.items():
             if (given := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} is {given!r}; it must be one of {', '.join(allowed)}")
-        check_factors(
-            temperature=self.temperature, logit_scale=self.logit_scale, softcap=self.softcap
+        return self._replace(
+            temperature=read_factor("temperature", self.temperature),
+            logit_scale=read_factor("logit_scale", self.logit_scale),
+            softcap=None if self.softcap is None else read_factor("softcap", self.softcap),
+            ce_weight=_read_weight("ce_weight", self.ce_weight),
+            kd_weights=tuple(_read_weight("kd_weight", weight) for weight in self.kd_weights),
+            ignore_index=_read_integer("ignore_index", self.ignore_index),
         )
-        kd_weights = [("kd_weight", weight) for weight in self.kd_weights]
-        for name, weight in [("ce_weight", self.ce_weight), *kd_weights]:
-            check_number(name, weight)
-            if not math.isfinite(weight):
-                raise ValueError(f"{name} is {weight}; it must be finite")
 
 
 class DecodedTargets(NamedTuple):
@@ -138,9 +159,9 @@ SparseTriple = tuple[Tensor, Tensor, Tensor | None]  # one teacher's ids, probab
 class KernelTargets(NamedTuple):
     """Targets of N rows; ids are int64 with -1 as padding.
 
-    If encoded (`encoded.EncodedTargets.packed`), for the Triton kernels only: ids are int16, probs
-    the uint8 values, tail the int16 scalars [N,3], high the id planes. For T > 1 teachers ids are
-    the union of theirs (`union_rows`).
+    If encoded (`encoded.EncodedTargets.packed`), for the Triton kernels only: the cache's tensors,
+    with int16 in place of uint16; probs are its values, tail its tail_log_odds. For T > 1 teachers
+    ids are the union of theirs (`union_rows`).
     """
 
     ids: Tensor  # [N,K]
@@ -148,7 +169,9 @@ class KernelTargets(NamedTuple):
     tail: Tensor | None  # [N]; for T teachers [N,T], and not None
     labels: Tensor | None = None  # [N] int64
     weight: Tensor | None = None  # [N]
-    high: Tensor | None = None  # [N,Q]
+    ids_high: Tensor | None = None  # [N,Q]
+    log_prob_max: Tensor | None = None  # [N]
+    log_prob_min: Tensor | None = None  # [N]
 
     def take(self, rows: Tensor | slice) -> "KernelTargets":
         """Return the same targets for some rows."""

@@ -199,12 +199,20 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _scale_kernel(values_ptr, factor_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Multiply values [n] by factor [] in place, without touching them if the factor is 1."""
-    factor = tl.load(factor_ptr).to(tl.float32)
+    """Multiply values [n] by factor [] in place, without touching them if the factor is 1.
+
+    In float64 for float64 values, else in float32; whether the factor is 1 is asked in its own
+    type.
+    """
+    factor = tl.load(factor_ptr)
     if factor == 1.0:
         return
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(values_ptr + o, mask=o < n).to(tl.float32) * factor
+    x = tl.load(values_ptr + o, mask=o < n)
+    if values_ptr.dtype.element_ty == tl.float64:
+        x *= factor.to(tl.float64)
+    else:
+        x = x.to(tl.float32) * factor.to(tl.float32)
     tl.store(values_ptr + o, x.to(values_ptr.dtype.element_ty), mask=o < n)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rekindle.data.batch import (
     Batch,
+    PairInputs,
     TargetBatch,
     TokenLabelBatch,
     TokenTargetBatch,
@@ -33,51 +34,28 @@ from rekindle.kernels.checks import TargetObjects
 from rekindle.kernels.encoded import EncodedTargets, decode, odds_at
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets, LogProbBlocks, WholeLogits
 from rekindle.kernels.targets import DecodedTargets
-from rekindle.train.host.known import note, sent
+from rekindle.train.host.known import copy_to, note
 from rekindle.train.model.split_model import OutputHead
+from rekindle.train.order.ahead import copy_on, made
 
 T = TypeVar("T", bound=TargetBatch)
 Inputs = dict[str, Tensor]  # model inputs by argument name
 
 
-class SentArray(np.ndarray):
-    """An array whose copy is on a device or on its way there (``ready.py``). Slices and results of
-    computations with it are plain arrays.
-    """
-
-    sent: Tensor | None
-    copied: torch.cuda.Event | None
-
-    @classmethod
-    def of(cls, values: NDArray, sent: Tensor, copied: torch.cuda.Event | None) -> "SentArray":
-        """Return the array with its copy, and the event of the copy's arrival; None: it has
-        arrived.
-        """
-        array = values.view(cls)
-        array.sent, array.copied = sent, copied
-        return array
-
-    def __array_finalize__(self, source: object) -> None:
-        """Start without a copy."""
-        self.sent = self.copied = None
-
-    def copy_on_device(self) -> Tensor | None:
-        """Return the copy; the asking stream waits for it, the host does not."""
-        if self.sent is not None and self.copied is not None:
-            stream = torch.cuda.current_stream(self.sent.device)
-            stream.wait_event(self.copied)
-            self.sent.record_stream(stream)
-        return self.sent
-
-
 def send(values: NDArray, device: torch.device) -> Tensor:
     """Return a NumPy array as a tensor on ``device``; pin it first if the copy can then overlap."""
-    if isinstance(values, SentArray):
-        ahead = values.copy_on_device()
-        if ahead is not None and ahead.device == device:
-            return ahead
-        values = values.view(np.ndarray)
-    return sent(values, device)
+    if (sent := copy_on(values, device)) is not None:
+        return sent
+    return copy_to(values.view(np.ndarray), device)
+
+
+def send_columns(values: NDArray, columns: slice | int, device: torch.device) -> Tensor:
+    """Return some of the columns of ``values`` [P,K] on the device: cut out of the copy that is
+    there, or sent alone.
+    """
+    if (sent := copy_on(values, device)) is not None:
+        return sent[:, columns].contiguous()
+    return send(values[:, columns], device)
 
 
 def model_inputs(
@@ -86,11 +64,14 @@ def model_inputs(
     device: torch.device,
     token_types: NDArray | None = None,
     document_numbers: NDArray | None = None,
+    mask: NDArray[np.bool_] | None = None,
 ) -> Inputs:
     """Return ``input_ids`` and ``attention_mask`` [B,S] (and ``token_type_ids``,
-    ``document_numbers``) as int64, with what the host knows of them.
+    ``document_numbers``) as int64, with what the host knows of them. ``mask``: of the ``lengths``,
+    where it is made already.
     """
-    mask = np.arange(input_ids.shape[1]) < lengths[:, None]
+    if mask is None:
+        mask = np.arange(input_ids.shape[1]) < lengths[:, None]
     columns = {"input_ids": input_ids, "attention_mask": mask}
     columns |= {} if token_types is None else {"token_type_ids": token_types}
     columns |= {} if document_numbers is None else {DOCUMENTS: document_numbers}
@@ -104,7 +85,20 @@ def clean_inputs(batch: Batch, device: torch.device) -> Inputs:
 
 def _inputs_with_ids(batch: Batch, input_ids: NDArray, device: torch.device) -> Inputs:
     token_columns = (batch.token_types, batch.document_numbers)
-    return model_inputs(input_ids, batch.lengths, device, *token_columns)
+    return model_inputs(input_ids, batch.lengths, device, *token_columns, text_mask(batch))
+
+
+def text_mask(batch: Batch) -> NDArray[np.bool_]:
+    """Return [B,S]: the real tokens of a batch's text, masked or not."""
+    return made(batch, "mask", lambda: batch.attention_mask)
+
+
+def pair_mask(pairs: PairInputs) -> NDArray[np.bool_]:
+    """Return [B,S']: the tokens of each sequence's pair. Sequences without one are shown as one
+    padding token, with weight 0.
+    """
+    width = pairs.input_ids.shape[1]
+    return made(pairs, "mask", lambda: np.arange(width) < np.maximum(pairs.lengths, 1)[:, None])
 
 
 def kd_targets(
@@ -139,26 +133,32 @@ def sparse_targets(
 
 # --- what the loss takes of each kind of target ---
 
-ENCODED = ("ids", "ids_high", "values", "log_prob_max", "log_prob_min", "tail_log_odds")
+SENT_WHOLE = ("ids", "ids_high", "values", "log_prob_max", "log_prob_min")
 
 
 def _encoded_targets(
     batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device
 ) -> TargetObjects:
     slots = batch.kind.slots(tau, k, batch.between)
-    columns = dict(batch.columns)
-    columns["tail_log_odds"] = columns["tail_log_odds"][:, slots[0]]
-    tensors = {name: send(columns[name], device) for name in ENCODED if name in columns}
+    columns, all_odds = batch.columns, batch.columns["tail_log_odds"]
+    tensors = {name: send(columns[name], device) for name in SENT_WHOLE if name in columns}
+    odds = [send_columns(all_odds, slot, device) for slot in slots]
     lowest = tensors.pop("log_prob_min", None)  # None for the precise codec's 16-bit values
     planes = high_planes(batch.kind.size)
     is_sampled = batch.kind.is_sample
     targets = EncodedTargets(
-        **tensors, log_prob_min=lowest, planes=planes, k=k, temperature=tau, sampled=is_sampled
+        **tensors,
+        tail_log_odds=odds[0],
+        log_prob_min=lowest,
+        planes=planes,
+        k=k,
+        temperature=tau,
+        sampled=is_sampled,
     )
     if len(slots) > 1:
-        odds = send(batch.columns["tail_log_odds"][:, list(slots)], device)
         temperatures = [batch.info.temperatures[slot] for slot in slots]
-        targets = odds_at(targets, odds, temperatures, parabola(tau, temperatures), tau)
+        at_slots = torch.stack(odds, dim=1)
+        targets = odds_at(targets, at_slots, temperatures, parabola(tau, temperatures), tau)
     return decode(targets, tau) if lowest is None else targets
 
 
@@ -171,8 +171,8 @@ def _drawn_targets(
     batch.kind.slot(tau, k)
     counts = batch.columns["counts"]
     width = int((counts > 0).sum(axis=1).max(initial=1))
-    ids = send(batch.columns["ids"][:, :width], device).long()
-    probs = send(counts[:, :width], device).float() / float(batch.kind.k)
+    ids = send_columns(batch.columns["ids"], slice(width), device).long()
+    probs = send_columns(counts, slice(width), device).float() / float(batch.kind.k)
     return DecodedTargets(ids, probs, torch.zeros(len(probs), device=device))
 
 
@@ -250,31 +250,66 @@ class LanguageRows:
         """Return the row here of each of the target's positions; raise InputError if one is
         missing.
         """
-        keys = target.rows * width + target.positions
-        rows = np.searchsorted(self.keys, keys)
-        if not np.array_equal(np.append(self.keys, -1)[rows], keys):
-            raise InputError(
-                f"teacher {target.info.name!r} has targets at positions where the student has no "
-                "loss: their masks differ. Use the cache.mask, seed and replicas it was cached "
-                "with"
-            )
-        return rows
+        return match_keys(self.keys, target, width)
+
+
+def match_keys(
+    row_keys: NDArray[np.int64], target: TokenTargetBatch, width: int
+) -> NDArray[np.int64]:
+    """Return where in ``row_keys`` [P], ascending, each of the target's positions is; raise
+    InputError if one is missing.
+    """
+    keys = target.rows * width + target.positions
+    rows = np.searchsorted(row_keys, keys)
+    if not np.array_equal(np.append(row_keys, -1)[rows], keys):
+        raise InputError(
+            f"teacher {target.info.name!r} has targets at positions where the student has no "
+            "loss: their masks differ. Use the cache.mask, seed and replicas it was cached "
+            "with"
+        )
+    return rows
 
 
 def language_rows(batch: Batch, task: str, device: torch.device) -> LanguageRows:
     """Return the positions with an LM loss: masked ones, or all whose next token is trained."""
-    width = batch.input_ids.shape[1]
     if task == "masked_lm":
         assert batch.masked is not None
-        rows, positions, labels = batch.masked.rows, batch.masked.positions, batch.masked.labels
         inputs = _inputs_with_ids(batch, batch.masked.input_ids, device)
     else:
-        rows, positions = batch.next_places
-        labels = batch.input_ids[rows, positions + 1].astype(np.int64)
         inputs = clean_inputs(batch, device)
-    keys = rows * width + positions
+    keys, labels = language_keys(batch, task), language_labels(batch, task)
     select = note(send(keys, device), keys)
     return LanguageRows(inputs, select, send(labels, device), keys)
+
+
+def language_keys(batch: Batch, task: str) -> NDArray[np.int64]:
+    """Return [P]: the flat indices into [B·S] of the positions with an LM loss, ascending."""
+
+    def make() -> NDArray[np.int64]:
+        rows, positions = _language_places(batch, task)
+        return rows * batch.input_ids.shape[1] + positions
+
+    return made(batch, "keys", make)
+
+
+def language_labels(batch: Batch, task: str) -> NDArray[np.int64]:
+    """Return [P]: the true tokens at the positions with an LM loss."""
+    if task == "masked_lm":
+        assert batch.masked is not None
+        return batch.masked.labels
+
+    def make() -> NDArray[np.int64]:
+        rows, positions = _language_places(batch, task)
+        return batch.input_ids[rows, positions + 1].astype(np.int64)
+
+    return made(batch, "labels", make)
+
+
+def _language_places(batch: Batch, task: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    if task == "masked_lm":
+        assert batch.masked is not None
+        return batch.masked.rows, batch.masked.positions
+    return batch.next_places
 
 
 CLEAN_TEXT = ""  # the view of experts that saw the text itself, where inputs are kept by view
@@ -287,9 +322,8 @@ def inputs_of(batch: Batch, view: str, device: torch.device) -> Inputs:
     if not view_kind(view).paired:
         return clean_inputs(batch, device)
     pairs = batch.pairs[view]
-    # Sequences without a pair are shown as one padding token, with weight 0.
-    lengths = np.maximum(pairs.lengths, 1)
-    return model_inputs(pairs.input_ids, lengths, device, pairs.token_types)
+    ids, types, mask = pairs.input_ids, pairs.token_types, pair_mask(pairs)
+    return model_inputs(ids, pairs.lengths, device, types, mask=mask)
 
 
 def masked_only(target: T, batch: Batch) -> T:

@@ -5,12 +5,13 @@ backward.
     python tests/benchmarks/host_cost.py --record   # and rows of results.csv
 
 "cpu": N = 8, V = 64, H = 8, k = 4 in PyTorch on one thread, compared with eager PyTorch from the
-same logits (or hidden states). "launches": the same calls as a GPU makes them, up to the launches.
-Every Triton kernel is replaced by a counter and every other operation runs on the CPU, where a
-small one takes about as long as launching it would; those that would be kernels are counted, too.
-The driver's time for a launch is not included. On a machine with a GPU the calls are also made
-there, with their kernels ("gpu"): the queue is not waited for, so this is the host's time, too.
-"teachers": three teachers of a linear head in a call each, and in one call.
+same logits (or hidden states); "rekindle-encoded" takes other targets, as a cache stores them.
+"launches": the same calls as a GPU makes them, up to the launches. Every Triton kernel is replaced
+by a counter and every other operation runs on the CPU, where a small one takes about as long as
+launching it would; those that would be kernels are counted, too. The driver's time for a launch is
+not included. On a machine with a GPU the calls are also made there, with their kernels ("gpu"): the
+queue is not waited for, so this is the host's time, too. "teachers": three teachers of a linear
+head in a call each, and in one call.
 
 Contenders take turns, and the best of many repetitions counts for each: disturbances only add time.
 Time is the process's own, except for "gpu".
@@ -19,62 +20,46 @@ Time is the process's own, except for "gpu".
 import argparse
 import collections
 import functools
-import importlib
-import os
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
-from results_csv import Row, append, hardware, versions
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import (  # noqa: TID251 (the benchmark beside this one)
-    CE_WEIGHT,
-    KD_WEIGHT,
-    Batch,
-    Provider,
-    eager,
-    make_batch,
-)
+sys.path.append(str(Path(__file__).resolve().parents[1] / "lib"))
+from kd_losses import CE_WEIGHT, KD_WEIGHT, Batch, Provider, eager, make_batch
+from results_csv import Row, append, hardware, versions
+
+from rekindle.kernels.encoded import EncodedTargets
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
 from rekindle.kernels.targets import DecodedTargets
+from testlib.kernels.encoded_rows import encoded_rows
+from testlib.kernels.launches import Step, counted_launches, launches
 
 ROWS, VOCABULARY, HIDDEN, KEPT = 8, 64, 8, 4
 REPEATS, CALLS = 40, 10
 TAUGHT_ROWS, TEACHERS = 64, 3
-Step = Callable[[], object]  # one call, forward and backward
-
-# operations of torch that launch nothing: they take memory, or view it differently
-NO_KERNEL = (
-    "promote_types",
-    "empty",
-    "new_empty",
-    "empty_like",
-    "empty_strided",
-    "set_",
-    "_local_scalar_dense",
-)
 
 
 def eager_linear(batch: Batch, x: Tensor) -> Tensor:
     return eager(batch, x @ batch.weight.t())
 
 
-def ours(batch: Batch, z: Tensor, impl: str) -> Tensor:
-    return kd_loss(z, batch.ids, batch.probs, **options(batch, impl)).loss
+def ours(batch: Batch, z: Tensor, **given: Any) -> Tensor:
+    return kd_loss(z, **given, **options(batch)).loss
 
 
-def ours_linear(batch: Batch, x: Tensor, impl: str) -> Tensor:
-    return linear_kd_loss(x, batch.weight, batch.ids, batch.probs, **options(batch, impl)).loss
+def ours_linear(batch: Batch, x: Tensor, **given: Any) -> Tensor:
+    return linear_kd_loss(x, batch.weight, **given, **options(batch)).loss
 
 
-def options(batch: Batch, impl: str) -> dict[str, Any]:
+def options(batch: Batch) -> dict[str, Any]:
     weights = {"ce_weight": CE_WEIGHT, "kd_weight": KD_WEIGHT}
-    given = {"tail_prob": batch.tail, "labels": batch.labels, "temperature": batch.tau}
-    return {"impl": impl, **given, **weights}
+    return {"labels": batch.labels, "temperature": batch.tau, **weights}
 
 
 def steps(device: str, tau: float, impl: str) -> dict[str, Step]:
@@ -84,12 +69,21 @@ def steps(device: str, tau: float, impl: str) -> dict[str, Step]:
     x = batch.hidden.clone().requires_grad_()
     batch.weight.requires_grad_()
     z = (x @ batch.weight.t()).detach().requires_grad_()
+    plain = {"target_ids": batch.ids, "target_probs": batch.probs, "tail_prob": batch.tail}
+    given: dict[str, dict[str, Tensor | EncodedTargets]] = {
+        "rekindle": plain,
+        "rekindle-encoded": {"target_ids": encoded_rows(batch.ids, tau)},
+    }
     tasks: dict[str, tuple[Provider, Tensor, tuple[Tensor, ...]]] = {
         "logits eager": (eager, z, (z,)),
-        "logits rekindle": (functools.partial(ours, impl=impl), z, (z,)),
         "linear eager": (eager_linear, x, (x, batch.weight)),
-        "linear rekindle": (functools.partial(ours_linear, impl=impl), x, (x, batch.weight)),
     }
+    for name, targets in given.items():
+        logits, linear = (
+            functools.partial(function, impl=impl, **targets) for function in (ours, ours_linear)
+        )
+        tasks[f"logits {name}"] = logits, z, (z,)
+        tasks[f"linear {name}"] = linear, x, (x, batch.weight)
     seed = torch.ones((), device=device)  # a step makes one, whatever its losses
 
     def step(function: Provider, student: Tensor, leaves: tuple[Tensor, ...]) -> object:
@@ -114,76 +108,6 @@ def best_seconds(
             if repeat:
                 best[name] = min(best[name], (clock() - start) / calls)
     return best
-
-
-@contextmanager
-def counted_launches(counts: collections.Counter[str]) -> Iterator[None]:
-    """Let Triton's kernels only count their launches; impl triton is taken on a CPU, and the values
-    of tensors are looked at no more than on a GPU.
-    """
-    checks = importlib.import_module("rekindle.kernels.checks")
-    looked, checks._raise_or_find_full = checks._raise_or_find_full, lambda *_: None
-    ops = importlib.import_module("rekindle.kernels.ops")
-    module = importlib.import_module("rekindle.kernels.triton_rows")
-    scaled, ops._scale_ = (
-        ops._scale_,
-        lambda gradients, factor: [  # as on a GPU
-            module.scale_unless_one(each, factor) for each in gradients
-        ],
-    )
-    interpreted = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    kernels = {
-        name: value
-        for name, value in vars(module).items()
-        if hasattr(value, "arg_names") or type(value).__name__ == "InterpretedFunction"
-    }
-    for name in kernels:
-        setattr(module, name, _Counter(name, counts))
-    try:
-        yield
-    finally:
-        for name, kernel in kernels.items():
-            setattr(module, name, kernel)
-        checks._raise_or_find_full, ops._scale_ = looked, scaled
-        del os.environ["TRITON_INTERPRET"]
-        if interpreted is not None:
-            os.environ["TRITON_INTERPRET"] = interpreted
-
-
-class _Counter:
-    """Replaces a kernel."""
-
-    def __init__(self, name: str, counts: collections.Counter[str]):
-        self.name, self.counts = name, counts
-
-    def __getitem__(self, grid: object) -> "_Counter":
-        return self
-
-    def __call__(self, *arguments: object, **options: object) -> None:
-        self.counts[self.name] += 1
-
-
-class _Operations(TorchDispatchMode):
-    """Counts the operations of torch that would be kernels on a GPU."""
-
-    def __init__(self, counts: collections.Counter[str]):
-        super().__init__()
-        self.counts = counts
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view and func.overloadpacket.__name__ not in (*NO_KERNEL, "detach"):
-            self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def launches(step: Step, counts: collections.Counter[str]) -> collections.Counter[str]:
-    """Return the launches of one call."""
-    step()
-    counts.clear()
-    with _Operations(counts):
-        step()
-    return collections.Counter(counts)
 
 
 def teacher_steps(device: str) -> dict[str, Step]:
@@ -234,11 +158,11 @@ def measured(path: str, tau: float) -> list[Row]:
         task, provider = name.split()
         case = f"{path} {task} N={ROWS} V={VOCABULARY} H={HIDDEN} k={KEPT} tau={tau:g}"
         rows.append((case, provider, "host", 1e6 * seconds, "us"))
-        line = f"{case:52} {provider:9} {1e6 * seconds:8.0f} us"
+        line = f"{case:52} {provider:16} {1e6 * seconds:8.0f} us"
         if path == "launches":
             rows.append((case, provider, "launches", made[name].total(), ""))
             line += f"  {made[name].total()} launches: {dict(made[name])}"
-        elif provider == "rekindle":
+        elif provider != "eager":
             ratio = seconds / best[f"{task} eager"]
             rows.append((case, provider, "host / eager", ratio, "x"))
             line += f"  {ratio:.2f} x eager"

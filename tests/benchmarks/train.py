@@ -58,6 +58,8 @@ from train_variants import (
     run,
 )
 
+from rekindle.train.record.watch import LATEST
+
 MEMORY_STEPS = 3  # nothing grows after the second
 
 Rounds = dict[str, list[Segment]]
@@ -225,9 +227,10 @@ def parsed() -> argparse.Namespace:
     for name, value in DEFAULTS["toy" if options.toy else kind]._asdict().items():
         if getattr(options, name, None) is None:
             setattr(options, name, value)
-    options.warm_up = min(options.warm_up, options.steps - 1)
+    options.warm_up = min(options.warm_up, options.steps - LATEST - 1)
     if options.warm_up < 1:
-        parser.error("--steps must be at least 2: the first is not measured")
+        least = LATEST + 2
+        parser.error(f"--steps must be at least {least}: the first and last are not measured")
     return options
 
 
@@ -260,7 +263,7 @@ def main() -> None:
         prepare(bench, options.student, options.teacher)
         case = f"{options.student} {bench.batch}x{bench.length} k={K} V={VOCABULARY}"
         case += f" teacher {options.teacher}"
-        print(f"{case}; {bench.steps} steps, {bench.warm_up} of them not measured")
+        print(f"{case}; {bench.steps} steps, {bench.warm_up + LATEST} of them not measured")
         if options.memory:
             rows = memory_rows(bench, names, options)
         else:

@@ -27,6 +27,7 @@ from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.loop import train_student
 from rekindle.train.model.split_model import OutputHead
 from rekindle.train.outside.quiet import quiet_transformers
+from rekindle.train.record.watch import LATEST
 from rekindle.train.student import Student
 
 LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 1e-4, 0.01, 1.0
@@ -44,13 +45,19 @@ class Segment(NamedTuple):
 
 
 class Window:
-    """Called after every step; measures the time of the steps after the warm-up."""
+    """Called after every step; measures the time of the steps after the warm-up.
+
+    On a GPU ours reports a step when the next one has been given to the device, so that waiting for
+    the device waits for that one, too. The last LATEST steps are not measured: they alone are
+    reported less late than those before, and as many steps as are reported lie between the marks.
+    """
 
     def __init__(self, bench: Bench):
         self.bench, self.marks, self.peak = bench, list[float](), 0
+        self.first, self.last = bench.warm_up, bench.steps - LATEST
 
     def __call__(self, done: int) -> None:
-        if done in (self.bench.warm_up, self.bench.steps):
+        if done in (self.first, self.last):
             if self.bench.device.type == "cuda":
                 torch.cuda.synchronize()
             self.marks.append(time.perf_counter())
@@ -59,8 +66,7 @@ class Window:
 
     def segment(self, wait: float = math.nan) -> Segment:
         first, last = self.marks
-        steps = self.bench.steps - self.bench.warm_up
-        return Segment((last - first) / steps, wait, self.peak)
+        return Segment((last - first) / (self.last - self.first), wait, self.peak)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "kernels.py"
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "kd_losses.py"
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What the losses refuse: the row is named, and no argument is left unused."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +54,9 @@ def at_bad(tensor: Tensor, value: object) -> Tensor:
         ({"row_weight": at_bad(torch.ones(ROWS), torch.nan)}, "row_weight holds nan in row 4"),
         ({"kd_weight": torch.ones(2)}, r"kd_weight is tensor\(.*; it must be a number"),
         ({"kd_weight": torch.ones((), requires_grad=True)}, "kd_weight is a tensor that requires"),
+        ({"kd_weight": torch.tensor(torch.inf)}, "kd_weight is inf; it must be finite"),
+        ({"ce_weight": torch.ones(2)}, r"ce_weight is tensor\(.*; it must be a number"),
+        ({"ignore_index": np.float32(0.5)}, "ignore_index is 0.5; it must be an integer"),
         ({"temperature": None}, "temperature is None; it must be a number"),
         ({"softcap": "5"}, "softcap is '5'; it must be a number"),
         ({"skew": "5"}, "skew is '5'; it must be a number"),
@@ -68,6 +72,29 @@ def test_it_is_refused_with_its_row(change: dict, message: str) -> None:
     spared = torch.ones(ROWS).index_fill_(0, torch.tensor([BAD]), 0)
     if "row" in message and all(isinstance(v, Tensor | None) for v in change.values()):
         kd_loss(LOGITS, **arguments, row_weight=spared)  # a row that is ignored may hold anything
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.float32, np.float64])
+def test_numbers_of_other_types_are_numbers(impl: str, kind: Any) -> None:
+    """Tensors of no dimension and NumPy's scalars, alone or in a list, on either path."""
+    numbers = {"temperature": 2.0, "ce_weight": 0.5, "skew": 0.25, "softcap": 8.0}
+    numbers |= {"logit_scale": 0.5, "ignore_index": 0}
+    labels = torch.arange(ROWS)
+    targets = [DecodedTargets(IDS, PROBS, TAIL)] * 2
+    found = []
+    for make in (float, kind):
+        options: dict[str, Any] = {name: make(number) for name, number in numbers.items()}
+        options |= {"labels": labels, "divergence": "skew_kl", "impl": impl}
+        if make is float:
+            options["ignore_index"] = 0
+        z = torch.linspace(-1, 2, LOGITS.numel()).view_as(LOGITS).requires_grad_()
+        alone = kd_loss(z, targets[0], kd_weight=make(0.75), **options)
+        both = kd_loss(z, [*targets], kd_weight=[make(0.75), make(0.0)], **options)
+        gradients = torch.autograd.grad(alone.loss + both.loss, z)
+        found.append([*alone, *both, *gradients])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+        assert one.dtype == torch.float32
 
 
 def test_what_is_less_than_a_distribution_or_is_made_one_is_none_of_these() -> None:
@@ -139,6 +166,10 @@ def test_encoded_targets_are_of_one_temperature() -> None:
         ({"ids_high": VALUES[:, :1]}, "ids_high has 8 bits a row and planes is 0"),
         ({"k": 0}, "k is 0; it must be at least 1"),
         ({"k": -1}, "k is -1"),
+        (
+            {"log_prob_max": SCALARS[0].to("meta")},
+            "log_prob_max is on meta and the student on cpu; all tensors of a call must",
+        ),
     ],
 )
 def test_encoded_targets_are_as_a_cache_stores_them(change: dict, message: str) -> None:

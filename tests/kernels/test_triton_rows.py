@@ -14,24 +14,21 @@ from torch import Tensor
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
 from rekindle.kernels.targets import KernelTargets, LossSettings
 from testlib.kernels.reference import loss_settings, reference_losses
+from testlib.kernels.shapes import DEVICE, kernel_takes
 
 pytest.importorskip("triton")
-row_shapes = pytest.importorskip("rekindle.kernels.row_shapes")
-triton_rows = pytest.importorskip("rekindle.kernels.triton_rows")
-Shape = row_shapes.Shape
 
 # Listed entries go through the ordinary formula before they are overwritten; it may overflow.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning"),
+    pytest.mark.usefixtures("triton_runs"),
+]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl")
 TAILS = ("bucket", "renormalise", "none")
 # one unit in the last place, as a share of the value; the interpreter cuts bfloat16 off, so twice
 # there
 ULP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-
-
-pytestmark = pytest.mark.usefixtures("triton_runs")
 
 
 def make(rows: int, vocabulary: int, k: int, seed: int = 0, dtype: Any = torch.float32) -> dict:
@@ -104,24 +101,10 @@ def test_every_divergence_tail_and_temperature(divergence: str, tail: str, tau: 
     )  # fmt: skip
 
 
-def shape_named(name: str, vocabulary: int) -> Shape:
-    """Of a row of V entries: streamed over several blocks, or held by one program or several."""
-    if name == "streamed":
-        return Shape(False, 1, 256, 1, 64, stages=3, programs=2)
-    block = max(256, 1 << (vocabulary - 1).bit_length())
-    return Shape(True, 4 if name == "cluster" else 1, block, 8, 128)
-
-
-@pytest.fixture(params=["streamed", "held", "cluster"])
+@pytest.fixture(params=["streamed", "held", "cluster of 4"])
 def shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every shape of the kernel takes the rows, whatever the table says."""
-    name = request.param
-    machine = row_shapes.machine_of(torch.device(DEVICE))
-    if name == "cluster" and DEVICE == "cuda" and not machine.clusters:
-        pytest.skip("no clusters by this GPU or this Triton")
-    monkeypatch.setattr(
-        triton_rows, "shape_of", lambda vocabulary, *_: shape_named(name, vocabulary)
-    )
+    """Every shape of the kernel takes the rows."""
+    kernel_takes(request.param, monkeypatch)
 
 
 @pytest.mark.usefixtures("shape")
@@ -361,15 +344,21 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
         kd_loss(case["logits"].cpu(), case["ids"].cpu(), case["probs"].cpu(), impl="triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_scaling_by_an_upstream_scalar(dtype: torch.dtype) -> None:
-    """More than one block; a factor of 1 leaves memory alone; a view with gaps is scaled too."""
+    """More than one block; a factor of 1 leaves memory alone; a view with gaps is scaled too.
+
+    Float64 is computed in float64: the PyTorch path hands its gradients to this kernel on a GPU.
+    """
     from rekindle.kernels.triton_rows import scale_unless_one
 
     g = torch.Generator().manual_seed(0)
-    values = torch.randn(5, 1003, generator=g).to(DEVICE, dtype)
+    values = torch.randn(5, 1003, generator=g, dtype=torch.float64).to(DEVICE, dtype)
+    factors = [torch.tensor(f, device=DEVICE) for f in (1.0, 0.25, 0.3)]
+    if dtype != torch.float16:  # the linear head's weight may have fewer bits than its loss
+        factors += [torch.tensor(f, dtype=torch.float64, device=DEVICE) for f in (1 + 1e-9, 0.3)]
     for given in (values, values.new_zeros(5, 1100)[:, :1003].copy_(values)):
-        for factor in (1.0, 0.25):
+        for factor in factors:
             scaled = given.clone(memory_format=torch.preserve_format)
-            scale_unless_one(scaled, torch.tensor(factor, device=DEVICE))
+            scale_unless_one(scaled, factor)
             assert torch.equal(scaled, values * factor)

@@ -27,7 +27,7 @@ from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.kernels.call import StudentLogits
 from rekindle.kernels.losses import kd_loss
-from rekindle.kernels.targets import check_number
+from rekindle.kernels.targets import read_number
 from rekindle.train.config import DistillTerm
 from rekindle.train.hf.collator import TargetCollator
 from rekindle.train.hf.given import (
@@ -144,7 +144,7 @@ class Distillation:
         self.allow_missing = tuple(allow_missing)
         taught = {name: cache.teacher(name) for name in self.terms}
         check_covered(taught, self.allow_missing, "allow_missing")
-        check_number("ce_weight", ce_weight)
+        ce_weight = read_number("ce_weight", ce_weight)
         if not 0 <= ce_weight < math.inf or not (ce_weight or self.terms):
             raise InputError(
                 f"ce_weight is {ce_weight} and kd_weight {kd_weight}: weights must be 0 or more, "

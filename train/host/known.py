@@ -16,7 +16,7 @@ T = TypeVar("T", bound=Tensor)
 WHOLE = (torch.bool, torch.int32, torch.int64)  # types whose values are the same on every device
 
 
-def sent(values: NDArray, device: torch.device) -> Tensor:
+def copy_to(values: NDArray, device: torch.device) -> Tensor:
     """Return a copy on ``device``; for a GPU from pinned memory, so that nothing waits for it."""
     # Read-only memory maps are never written through this: every consumer copies or computes out of
     # place.
@@ -29,7 +29,7 @@ def sent(values: NDArray, device: torch.device) -> Tensor:
 def note(tensor: T, values: NDArray) -> T:
     """Note a tensor's ``values`` on it, for ``values_of``; they must not be changed later."""
     noted: Any = tensor
-    noted.on_host = (values, _version(tensor))
+    noted.on_host = (np.asarray(values), _version(tensor))
     return tensor
 
 
@@ -84,7 +84,7 @@ class Known(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             known = _compute(name, args, named)
             if name == "nonzero" and known is not None:
-                return sent(known, args[0].device)
+                return copy_to(known, args[0].device)
             result = func(*args, **named)
             if not isinstance(result, Tensor):
                 if result is None and name == "__setitem__":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rekindle.data.errors import InputError, naming
-from rekindle.train.host.known import note, sent
+from rekindle.train.host.known import copy_to, note
 from rekindle.train.model.family_head import SECTION, FamilyHead
 from rekindle.train.model.fitting import knows_segments
 from rekindle.train.model.meta import read_tensors
@@ -226,7 +226,7 @@ class StudentNetwork(nn.Module):
         if self.prompts is None:
             return inputs
         numbers = np.array(self.prompts.numbers(domains), np.int64)
-        return {**inputs, DOMAINS: note(sent(numbers, inputs["input_ids"].device), numbers)}
+        return {**inputs, DOMAINS: note(copy_to(numbers, inputs["input_ids"].device), numbers)}
 
     @property
     def output_head(self) -> OutputHead:

@@ -20,9 +20,16 @@ from rekindle.kernels.hidden import row_entropy
 from rekindle.kernels.losses import KDLoss, LossOptions, linear_kd_loss, merge_targets
 from rekindle.kernels.targets import MAX_KEPT, DecodedTargets
 from rekindle.train.config import DistillTerm
-from rekindle.train.device_batch import LanguageRows, kd_targets, send, sparse_targets
+from rekindle.train.device_batch import (
+    LanguageRows,
+    kd_targets,
+    match_keys,
+    send,
+    sparse_targets,
+)
 from rekindle.train.model.split_model import OutputHead
 from rekindle.train.objective.selection import Add, Counts, names_of, taught_per_sequence
+from rekindle.train.order.ahead import made
 
 Rows = NDArray[np.int64]
 IGNORED = -100  # the label of a row without cross-entropy
@@ -178,11 +185,11 @@ class LanguageLoss:
         lessons = []
         for name in term.teachers:
             target = self._target(term, name)
-            rows = self.rows.match(target, self.width)
+            rows = taught_rows(self.batch, name, self.rows.keys)
             decoded = kd_targets(target, term.temperature, term.k, self.device)
             row_weight = None
             if term.entropy_fraction is not None:
-                row_weight = self._least_certain(target.rows, rows, term.entropy_fraction)
+                row_weight = self._least_certain(name, rows, term.entropy_fraction)
             lessons.append(Lesson(loss_names[name], term, weight, decoded, rows, row_weight))
         return lessons
 
@@ -194,7 +201,7 @@ class LanguageLoss:
 
     def _mixture(self, term: DistillTerm) -> tuple[TargetObjects, Rows]:
         batches = [self._target(term, name) for name in term.teachers]
-        places = [self.rows.match(target, self.width) for target in batches]
+        places = [taught_rows(self.batch, name, self.rows.keys) for name in term.teachers]
         if any(not np.array_equal(place, places[0]) for place in places):
             raise InputError(
                 f"the mixture of {', '.join(term.teachers)} needs all of them at the same "
@@ -205,7 +212,7 @@ class LanguageLoss:
         weights = torch.full((len(decoded),), 1.0 / len(decoded), device=self.device)
         return merge_targets(decoded, weights), places[0]
 
-    def _least_certain(self, sequences: Rows, rows: Rows, fraction: float) -> Tensor:
+    def _least_certain(self, name: str, rows: Rows, fraction: float) -> Tensor:
         """Mark with 1 the fraction of each sequence's positions with the highest entropy of the
         student.
 
@@ -219,12 +226,37 @@ class LanguageLoss:
                 hidden, head.weight, head.bias, softcap=head.softcap, logit_scale=head.logit_scale
             )
             by_entropy = torch.sort(entropy, descending=True, stable=True).indices
-            owner = send(sequences, self.device)
+            owner = send(owners(self.batch, name), self.device)
             order = by_entropy[torch.sort(owner[by_entropy], stable=True).indices]
-            # In `order` the sequences come one after another, as in `sequences`: the place of each
-            # position within its sequence is known on the host.
-            first = np.searchsorted(sequences, sequences)
-            is_taught = np.arange(len(sequences)) - first < taught_per_sequence(sequences, fraction)
-            return torch.zeros_like(entropy).index_copy_(
-                0, order, send(is_taught, self.device).to(entropy.dtype)
-            )
+            is_taught = send(taught_places(self.batch, name, fraction), self.device)
+            return torch.zeros_like(entropy).index_copy_(0, order, is_taught.to(entropy.dtype))
+
+
+def taught_rows(batch: Batch, name: str, keys: Rows) -> Rows:
+    """Return which of the LM rows, whose ``keys`` [P] ascend, a teacher's targets [n] belong to."""
+    target = batch.targets[name]
+    assert isinstance(target, TokenTargetBatch)
+    return made(
+        batch, f"rows of {name}", lambda: match_keys(keys, target, batch.input_ids.shape[1])
+    )
+
+
+def owners(batch: Batch, name: str) -> Rows:
+    """Return the sequence of each of a teacher's targets [n], ascending."""
+    return made(batch, f"sequences of {name}", lambda: batch.targets[name].rows)
+
+
+def taught_places(batch: Batch, name: str, fraction: float) -> NDArray[np.bool_]:
+    """Return which of a teacher's targets [n] are taught, once those of each sequence are in the
+    order of the student's entropy: their places in it are known on the host.
+    """
+
+    def make() -> NDArray[np.bool_]:
+        sequences = batch.targets[name].rows
+        first = np.searchsorted(sequences, sequences)
+        is_taught: NDArray[np.bool_] = np.arange(len(sequences)) - first < taught_per_sequence(
+            sequences, fraction
+        )
+        return is_taught
+
+    return made(batch, f"taught of {name}", make)

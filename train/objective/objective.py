@@ -302,6 +302,13 @@ class Objective:
             inputs = inputs_of(batch, view, device)
             self._run_task_heads(student, inputs, batch, view_terms, counts, add)
 
+    def shown(self, plan: StepPlan) -> tuple[bool, frozenset[str]]:
+        """Return whether a step has a pass for the LM loss, and what its other passes show: views
+        of sentence pairs, or CLEAN_TEXT.
+        """
+        passes = self._group_by_pass(plan)
+        return passes.reads_text(plan.hard), frozenset(passes.by_view)
+
     def _group_by_pass(self, plan: StepPlan) -> "_Passes":
         passes = _Passes([], [], {})
         for term, weight in plan.terms:

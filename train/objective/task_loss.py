@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rekindle.data.batch import Batch, SequenceTargetBatch
+from rekindle.data.batch import Batch
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.kernels.losses import kd_loss
 from rekindle.train.config import MIXED, DistillTerm
@@ -18,8 +18,8 @@ from rekindle.train.model.network import HeadConfig
 from rekindle.train.objective.label_union import LabelUnion, certainty, expert_weights, margin
 from rekindle.train.objective.pseudo_labels import pseudo_label_loss
 from rekindle.train.objective.ranking import RankedRows, ranking_loss
-from rekindle.train.objective.selection import Add, Counts, common_rows, names_of
-from rekindle.train.objective.task_pass import align_with_targets
+from rekindle.train.objective.selection import Add, Counts, names_of
+from rekindle.train.objective.task_pass import align_with_targets, mixture_rows, mixture_values
 from rekindle.train.objective.vector_loss import vector_loss
 
 
@@ -98,17 +98,14 @@ def _mixture_loss(
 
     For ``concatenate``, q = pad(softmax((z_1, …, z_J)/τ)).
     """
-    batch_targets = {name: batch.targets[name] for name in term.teachers}
-    targets = {name: t for name, t in batch_targets.items() if isinstance(t, SequenceTargetBatch)}
-    assert len(targets) == len(term.teachers)
-    rows = common_rows(list(targets.values()))
-    expert_logits = {name: send(t.logits[rows], logits.device) for name, t in targets.items()}
+    rows, count = mixture_rows(batch, term), len(term.teachers)
+    values = mixture_values(batch, term, "logits")
+    expert_logits = {name: send(each, logits.device) for name, each in values.items()}
     union = LabelUnion.of([teachers[name] for name in term.teachers], term.labels)
-    weights = logits.new_full((len(rows), len(targets)), 1.0 / len(targets), dtype=torch.float32)
+    weights = logits.new_full((len(rows), count), 1.0 / count, dtype=torch.float32)
     importance = None
     if term.combine == "uncertainty":
-        means = [t.mc_probs[rows] for t in targets.values() if t.mc_probs is not None]
-        assert len(means) == len(term.teachers)
+        means = mixture_values(batch, term, "mc_probs").values()
         certainties = torch.stack([certainty(send(each, logits.device)) for each in means], 1)
         weights = expert_weights(certainties, term.uncertainty)
         importance = margin(certainties) if term.uncertainty.margin else None

@@ -5,17 +5,23 @@ Shapes: B sequences, R rows (sequences or positions) with a target, C classes of
 
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rekindle.data.batch import (
     Batch,
     EmbeddingBatch,
+    Ints,
     SequenceTargetBatch,
     TargetBatch,
     TokenLabelBatch,
 )
+from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import send
 from rekindle.train.model.network import StudentOutput
+from rekindle.train.objective.selection import common_rows
+from rekindle.train.order.ahead import made
 from rekindle.train.student import Student
 
 
@@ -33,8 +39,8 @@ def run_heads(
     tokens: dict[str, Tensor] = {}
     for name, target in heads.items():
         if isinstance(target, TokenLabelBatch):
-            flat_positions = target.rows * batch.input_ids.shape[1] + target.positions
-            tokens[name] = send(flat_positions, inputs["input_ids"].device)
+            places = student_rows(target, batch.input_ids.shape[1])
+            tokens[name] = send(places, inputs["input_ids"].device)
         else:
             sequence.append(name)
     domain_inputs = student.with_domains(inputs, batch.domains)
@@ -44,10 +50,48 @@ def run_heads(
 
 def align_with_targets(logits: Tensor, target: TargetBatch) -> tuple[Tensor, Tensor]:
     """Return a head's logits (or vectors) and the expert's, at the rows with a target [R,C]."""
-    if isinstance(target, EmbeddingBatch):
-        return logits[send(target.rows, logits.device)], send(target.vectors, logits.device)
+    values = send(expert_values(target), logits.device)
+    if isinstance(target, TokenLabelBatch):
+        return logits, values
+    return logits[send(student_rows(target), logits.device)], values
+
+
+def student_rows(target: TargetBatch, width: int = 0) -> Ints:
+    """Return the student's rows [R] with a target: sequences of [B]; for experts on tokens, flat
+    indices into [B·S] with S = ``width``.
+    """
+
+    def make() -> Ints:
+        if not isinstance(target, TokenLabelBatch):
+            return target.rows
+        places: Ints = target.rows * width + target.positions
+        return places
+
+    return made(target, "rows", make)
+
+
+def expert_values(target: TargetBatch) -> NDArray[np.float32]:
+    """Return an expert's logits, or vectors, at its rows [R,C]."""
     if isinstance(target, SequenceTargetBatch):
-        keep = send(target.rows, logits.device)
-        return logits[keep], send(target.logits[target.rows], logits.device)
-    assert isinstance(target, TokenLabelBatch)
-    return logits, send(target.logits, logits.device)
+        logits = target.logits
+        return made(target, "values", lambda: logits[target.rows])
+    assert isinstance(target, TokenLabelBatch | EmbeddingBatch)
+    values = target.vectors if isinstance(target, EmbeddingBatch) else target.logits
+    return made(target, "values", lambda: values)
+
+
+def mixture_rows(batch: Batch, term: DistillTerm) -> Ints:
+    """Return the sequences [R] at which a mixture of classifiers teaches."""
+    targets = [batch.targets[name] for name in term.teachers]
+    return made(batch, f"rows of {term.teachers}", lambda: common_rows(targets))
+
+
+def mixture_values(batch: Batch, term: DistillTerm, column: str) -> dict[str, NDArray[np.float32]]:
+    """Return a column of each of a mixture's classifiers, logits or mc_probs, at its rows [R,C]."""
+    rows = mixture_rows(batch, term)
+
+    def of(name: str) -> NDArray[np.float32]:
+        whole: NDArray[np.float32] = getattr(batch.targets[name], column)
+        return made(batch, f"{column} of {name} in {term.teachers}", lambda: whole[rows])
+
+    return {name: of(name) for name in term.teachers}

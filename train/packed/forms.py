@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rekindle.data.batch import Ints
 from rekindle.data.corpus.columns import DOCUMENTS
-from rekindle.train.host.known import Known, sent, values_of
+from rekindle.train.host.known import Known, copy_to, values_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,7 +83,7 @@ def as_read(model: "PreTrainedModel", inputs: Inputs, form: Form, causal: bool) 
     positions = positions_of(on_host, form.first)
     packed: dict[str, Any] = {k: v for k, v in inputs.items() if k not in (DOCUMENTS, MASK)}
     # transformers asks them whether any row has several documents, where there is no mask
-    packed["position_ids"] = Known.of(sent(positions, numbers.device), positions)
+    packed["position_ids"] = Known.of(copy_to(positions, numbers.device), positions)
     if form.kind == "mask":
         packed[MASK] = _for_attention(model, block_mask(numbers, causal))
     elif form.kind == "positions":
@@ -92,7 +92,7 @@ def as_read(model: "PreTrainedModel", inputs: Inputs, form: Form, causal: bool) 
         packed[MASK] = _with_windows(model, block_mask(numbers, causal))
     elif form.kind == "flat":
         begins = np.append(np.flatnonzero(_begins(on_host)), on_host.size).astype(np.int32)
-        edges, longest = sent(begins, numbers.device), int(np.diff(begins).max())
+        edges, longest = copy_to(begins, numbers.device), int(np.diff(begins).max())
         packed = {name: value.reshape(1, -1) for name, value in packed.items()}
         packed |= {"use_cache": False} if causal else {}
         packed |= {MASK: None, "cu_seq_lens_q": edges, "cu_seq_lens_k": edges}

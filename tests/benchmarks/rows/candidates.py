@@ -1,4 +1,4 @@
-"""The shapes that `kernels.py --shapes` times. Needs neither torch nor Triton."""
+"""The shapes that `kd_losses.py --shapes` times. Needs neither torch nor Triton."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """The row kernel's clusters under an older Triton: compiled by a newer one, launched by the driver.
 
     PYTHONPATH=.ns:tests/lib:tests/benchmarks newer/bin/python -m rows.cubins DIR    # needs no GPU
-    python tests/benchmarks/kernels.py --shapes --cubins DIR                         # on sm_90
+    python tests/benchmarks/kd_losses.py --shapes --cubins DIR                       # on sm_90
 
 The first needs Triton ≥ 3.8 and no torch; for k = 64 ids, bfloat16, forward KL and labels.
 """

@@ -1,7 +1,6 @@
 """Steps that are read late, as on a GPU: nothing is waited for, and nothing else changes."""
 
 import json
-from collections import Counter
 from functools import partial
 
 import pytest
@@ -9,11 +8,11 @@ import torch
 
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.train import loop, prepare
-from rekindle.train.device_batch import SentArray
 from rekindle.train.objective.objective import MicroBatchLoss, Objective
 from rekindle.train.objective.ready import BatchPreparer
 from rekindle.train.steps.take import Judge
 from testlib.loop import ALL, run, stop_at, train_config
+from testlib.objective.ahead import Noted, Sends
 from testlib.students import metrics, same_weights
 
 
@@ -121,27 +120,9 @@ def test_batches_of_similar_lengths_go_on_to_the_same_bits(masked_world, tmp_pat
         run(masked_world, tmp_path / "run", train_config(ALL, steps=6), resume=True)
 
 
-class Noted:
-    """Copies as a side stream does, on a CPU; counts who takes them."""
-
-    def __init__(self):
-        self.sent, self.taken = [], Counter()
-
-    def send(self, values):
-        found = SentArray.of(values, torch.from_numpy(values.copy()), None)
-        self.sent.append(found)
-        return found
-
-
 def test_batches_that_were_sent_ahead_teach_the_same(masked_world, whole, tmp_path, monkeypatch):
     """And every copy that is sent is what the loss takes: none is made again."""
-    copies, real, taken = Noted(), SentArray.copy_on_device, Counter()
-
-    def copy_on_device(array):
-        taken[id(array)] += array.sent is not None
-        return real(array)
-
-    monkeypatch.setattr(SentArray, "copy_on_device", copy_on_device)
+    copies, sends = Noted(), Sends(monkeypatch)
     monkeypatch.setattr(
         prepare,
         "BatchPreparer",
@@ -150,6 +131,5 @@ def test_batches_that_were_sent_ahead_teach_the_same(masked_world, whole, tmp_pa
     out = run(masked_world, tmp_path / "run", train_config(ALL)).directory
     assert same_weights(out, whole.directory)
     assert metrics(out) == metrics(whole.directory)
-    unused = [array for array in copies.sent if not taken[id(array)]]
-    assert len(copies.sent) > 100
-    assert not unused
+    assert len(copies.sent) > 200
+    assert not sends.unused(copies)

@@ -25,9 +25,11 @@ from rekindle.train.device_batch import kd_targets, sparse_targets, split_batch
 from rekindle.train.evaluate import EvaluationData, evaluate
 from rekindle.train.loop import train_student
 from rekindle.train.objective.objective import Objective
+from rekindle.train.objective.ready import BatchPreparer
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import build_student
 from testlib.models import NARROW
+from testlib.objective.ahead import Noted, Sends
 
 CPU = torch.device("cpu")
 K = 8
@@ -403,6 +405,22 @@ def test_more_candidates_than_are_kept_are_refused(world, cache):
         kd_targets(target, 1.0, 9, CPU)
     with pytest.raises(ValueError, match=r"k must lie in 1\.\.8"):
         target.decode(1.0, 9)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_targets_of_every_kind_are_sent_ahead(world, cache, name, monkeypatch):
+    """As they are stored, once; the step itself sends nothing, and its loss stays what it is."""
+    task, size = world[1], cache.corpus.info["tokenizer"]["size"]
+    student = build_student(StudentConfig(model=str(world[2]), task=task), {}, size, 0).eval()
+    found = objective(cache, task, teachers=[name], temperature=temperatures_of(name)[-1])
+    batch, plan = gathered(cache, [name]), found.plan(0)
+    counts = found.counts(found.select_targets(batch, plan), plan)
+    copies, expected = Noted(), found.loss(student, batch, counts, plan, CPU)
+    (part,) = BatchPreparer(found, None, copies)(0, batch).parts
+    sends = Sends(monkeypatch)
+    assert torch.equal(found.loss(student, part, counts, plan, CPU).total, expected.total)
+    assert not sends.late
+    assert not sends.unused(copies)
 
 
 def test_a_mixture_of_all_kinds_is_their_mean(world, cache):

@@ -15,6 +15,7 @@ from rekindle.train.config import StudentConfig
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import build_student
 from testlib.objective import setting as settings
+from testlib.objective.ahead import Noted, Sends
 from testlib.objective.cases import alone, term
 from testlib.objective.reference import final_states, inputs_of
 from testlib.objective.setting import Setting, same_step
@@ -80,6 +81,19 @@ def vectors_of(request, monkeypatch):
 
     monkeypatch.setattr(settings, "opened", lambda path: WithVectors(opened(path), infos))
     return make
+
+
+@pytest.mark.parametrize("view", ["clean", "masked"])
+def test_vectors_are_sent_ahead(vectors_of, monkeypatch, view):
+    """And the step itself sends nothing."""
+    encoders = term("wide", "same", view=view, embedding={"cosine": 1.0, "mse": 0.5})
+    setting = vectors_of({"hard": {"weight": 0.5}, "distill": [encoders]})
+    expected, copies, sends = setting.run(micro=7), Noted(), Sends(monkeypatch)
+    found = setting.run_ahead(copies, micro=7)
+    assert found[:2] == expected[:2]
+    assert all(torch.equal(found[2][name], value) for name, value in expected[2].items())
+    assert not sends.late
+    assert not sends.unused(copies)
 
 
 def vector_of(setting, name, example, batch, row, view):

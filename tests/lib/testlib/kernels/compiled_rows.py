@@ -64,6 +64,7 @@ def compiled(
     types = TYPES | {"logits_ptr": "*" + dtype, "grad_ptr": "*" + dtype}
     if constants["ENCODED"]:
         types |= {"ids_ptr": "*i16", "probs_ptr": "*u8", "tail_ptr": "*i16", "high_ptr": "*u8"}
+        types |= {"max_ptr": "*i16", "min_ptr": "*i16"}
     if bias:
         types["bias_ptr"] = "*" + bias
     types["kd_weights"] = ("fp32",) * constants["TEACHERS"]

@@ -14,6 +14,7 @@ from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import World
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.ranking import with_groups
+from rekindle.train.objective.ready import BatchPreparer
 from rekindle.train.objective.selection import Counts
 from rekindle.train.objective.vector_loss import with_vectors
 from rekindle.train.student import build_student
@@ -75,6 +76,13 @@ class Setting:
         batch = self.batch(step)
         counts = self.objective.counts(batch, self.objective.plan(step))
         parts = split_batch(batch, micro or len(batch.index))
+        return self._sum(parts, self._centred(counts, parts, step, World.alone()), step)
+
+    def run_ahead(self, copies, step=0, micro=None):
+        """Return the same for a step whose batch was prepared and sent ahead."""
+        batch = self.batch(step)
+        counts = self.objective.counts(batch, self.objective.plan(step))
+        parts = BatchPreparer(self.objective, micro, copies)(step, batch).parts
         return self._sum(parts, self._centred(counts, parts, step, World.alone()), step)
 
     def _centred(self, counts, parts, step, world):

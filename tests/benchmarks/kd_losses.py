@@ -1,8 +1,8 @@
 """Times the distillation losses against their peers and appends the measurements to results.csv.
 
-    python tests/benchmarks/kernels.py            # the four shapes of interest; needs a GPU
-    python tests/benchmarks/kernels.py --toy      # the same path end to end on any machine
-    python tests/benchmarks/kernels.py --shapes   # the row kernel alone, in every shape (rows/)
+    python tests/benchmarks/kd_losses.py            # the four shapes of interest; needs a GPU
+    python tests/benchmarks/kd_losses.py --toy      # the same path end to end on any machine
+    python tests/benchmarks/kd_losses.py --shapes   # the row kernel alone, in every shape (rows/)
 
 Two tasks, forward and backward together. "logits": CE + KD from given logits; the bound is reading
 and writing them once, 4·N·V bytes at the copy bandwidth measured in this run. "linear": the same
@@ -395,7 +395,7 @@ def main() -> None:
     kept, temperatures = ((8,), (1.0, 2.0)) if options.toy else ((8, 64, 256), (1.0, 2.0, 3.0))
     rates = machine_rates(device, 256 if options.toy else 8192, repeats)
     print(f"{hardware()}: copy {rates[0] / 1e12:.3f} TB/s, product {rates[1] / 1e12:.3f} TFLOP/s")
-    name = "kernels --toy" if options.toy else "kernels"
+    name = "kd_losses --toy" if options.toy else "kd_losses"
     about = versions("torch", "triton", "liger_kernel", "cut_cross_entropy", "orda_kernel")
     if options.shapes:
         if options.toy:  # interpreted: a second a call
