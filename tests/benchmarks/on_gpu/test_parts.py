@@ -1,5 +1,6 @@
 """What the parts of the GPU's measurements compute, and that each runs on any machine."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,18 @@ def test_busy_is_what_spans_cover_together():
     assert training.busy(spans) == (pytest.approx((35 + 20) / 90), 0.03)
     with pytest.raises(RuntimeError, match="nothing run"):
         training.busy([])
+
+
+def test_what_spans_pauses_is_not_busy():
+    import training
+
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds) as profiler, torch.profiler.record_function("a"):
+        torch.ones(3)
+        time.sleep(0.05)
+    spans = [*training.spans_on(torch.autograd.DeviceType.CPU, profiler.events())]
+    assert spans
+    assert max(end - start for start, end in spans) < 50_000
 
 
 def test_a_part_without_time_begins_nothing_more(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,12 +84,16 @@ def profiled(bench: Bench) -> tuple[float, float]:
 
     ours(bench, 1.0, watch)
     device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    events: Any = profiler.events()
-    return busy(
-        (event.time_range.start, event.time_range.end)
-        for event in events
-        if event.device_type == device and not event.is_user_annotation  # they span pauses
-    )
+    return busy(spans_on(device, profiler.events()))
+
+
+def spans_on(device: Any, events: Iterable[Any]) -> Iterator[tuple[float, float]]:
+    """Yield when each of the device's operations began and ended, in microseconds; not what spans
+    several of them and the pauses between, such as the optimiser's step.
+    """
+    for event in events:
+        if event.device_type == device and not event.is_user_annotation:
+            yield event.time_range.start, event.time_range.end
 
 
 def busy(spans: Iterable[tuple[float, float]]) -> tuple[float, float]:
