@@ -40,6 +40,12 @@ def padded_inputs(teacher: Teacher, sequences: list[NDArray]) -> dict[str, Tenso
     return {"input_ids": teacher.tensor(ids), "attention_mask": attention_mask}
 
 
+def padded(teacher: Teacher, lists: list[NDArray], fill: int) -> Tensor:
+    """Return what goes with the tokens of each sequence as one tensor, ``fill`` beside padding."""
+    values = pad(lists, np.array([len(one) for one in lists]), fill)
+    return note(teacher.tensor(values), values)
+
+
 def _padding_id(teacher: Teacher, sequences: list[NDArray]) -> int:
     """Return the model's own padding token, or else a token that no sequence ends with.
 

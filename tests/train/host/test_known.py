@@ -10,7 +10,7 @@ from transformers.modeling_flash_attention_utils import _get_unpad_data
 
 from rekindle.train.distributed import compile_blocks
 from rekindle.train.host.known import Known, are_equal, note, plain, values_of
-from testlib.reads import Reads
+from testlib.host.reads import Reads
 
 WIDTH = 6
 LENGTHS = st.lists(st.integers(1, WIDTH), min_size=1, max_size=3)

@@ -6,8 +6,8 @@ import pytest
 
 from rekindle.train import loop
 from rekindle.train.steps.take import Judge
+from testlib.host.reads import Reads, counting_copies
 from testlib.loop import ALL, run, train_config
-from testlib.reads import Reads, counting_copies
 
 STEPS = 4
 FOUND = {"method": "replaced_tokens", "teacher": "big"}

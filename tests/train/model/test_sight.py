@@ -19,7 +19,7 @@ from rekindle.train.model.split_model import SplitLanguageModel
 from rekindle.train.packed.forms import Form, as_read, possible_forms
 from rekindle.train.student import Student
 from testlib.families.rows import FAMILIES
-from testlib.reads import Reads, counting_copies
+from testlib.host.reads import Reads, counting_copies
 from testlib.run_alone import CLASSIFIER
 
 CPU = torch.device("cpu")
