@@ -96,6 +96,19 @@ class World:
                 dist.all_gather_object(gathered, value)
         return gathered
 
+    def gather_rows(self, values: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return every process's rows of ``values`` [R,…] by rank, of which it has ``counts``, on
+        the device: no GPU is waited for.
+        """
+        if self.size == 1 or not max(counts):
+            return values
+        padded = values.new_zeros((max(counts), *values.shape[1:]))
+        padded[: len(values)] = values
+        gathered = [torch.empty_like(padded) for _ in counts]
+        with reporting_lost_processes():
+            dist.all_gather(gathered, padded)
+        return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
+
     def agree(self, make: Callable[[], Answer]) -> Answer:
         """Return what ``make`` returns here, once it has succeeded in every process.
 

@@ -106,14 +106,9 @@ def groups_of(rows: RankedRows, temperature: float, student_scores: Tensor | Non
     if student_scores is None:
         return groups
     student_scores = student_scores.double()
-    sums = _student_sums(
-        student_scores,
-        student_scores - torch.from_numpy(rows.teacher_scores),
-        rows,
-        groups,
-        temperature,
-    )
-    return replace(groups, student_sums=StudentSums(*(tuple(one.tolist()) for one in sums)))
+    errors = student_scores - send(rows.teacher_scores, student_scores.device)
+    sums = _student_sums(student_scores, errors, rows, groups, temperature)
+    return replace(groups, student_sums=StudentSums(*sums))
 
 
 def ranking_loss(
@@ -151,8 +146,8 @@ def ranking_loss(
             detached, detached - teacher_scores, rows, groups, temperature
         )
     else:
-        sums = (_to_tensor(values, student_scores) for values in groups.student_sums)
-        mean_errors, best_errors, log_sums = sums
+        dtype = torch.promote_types(student_scores.dtype, torch.float32)
+        mean_errors, best_errors, log_sums = (sums.to(dtype) for sums in groups.student_sums)
     sizes = _to_tensor(groups.sizes, student_scores)
     if has_pairs and config.pairs == "all":
         row_losses = sizes[row_groups] * (errors - mean_errors[row_groups]).square()
@@ -251,11 +246,10 @@ def with_groups(
                 continue
             with torch.no_grad():
                 each = [run(score_sequences, task, p, term, name, world.device) for p in parts]
-            scores = torch.cat(each).double().cpu().numpy()
-            gathered = world.gather((rows, scores))
-            rows_by_process, scores_by_process = zip(*gathered, strict=True)
-            joined = torch.from_numpy(np.concatenate(scores_by_process))
-            groups[name] = groups_of(RankedRows.joined(rows_by_process), term.temperature, joined)
+            by_process = world.gather(rows)
+            counts_of_rows = [len(each.keys) for each in by_process]
+            scores = world.gather_rows(torch.cat(each).double(), counts_of_rows)
+            groups[name] = groups_of(RankedRows.joined(by_process), term.temperature, scores)
     return replace(counts, groups=groups)
 
 

@@ -62,9 +62,9 @@ class StepPlan:
 class StudentSums(NamedTuple):
     """What a step's groups give when summed over the student's scores."""
 
-    mean_errors: tuple[float, ...]  # [G]
-    best_errors: tuple[float, ...]  # [G] of the rows that the expert scores best
-    log_sums: tuple[float, ...]  # [G] log Σ exp(s/τ)
+    mean_errors: Tensor  # [G]
+    best_errors: Tensor  # [G] of the rows that the expert scores best
+    log_sums: Tensor  # [G] log Σ exp(s/τ)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Groups:
     best: tuple[int, ...]  # [G] the sequence that the expert scores best
     copies: tuple[int, ...]  # [G] rows of this sequence: 1, or more if a step repeats it
     log_sums: tuple[float, ...]  # [G] log Σ exp(t/τ) of the expert's scores
-    student_sums: StudentSums | None = None
+    student_sums: StudentSums | None = field(default=None, compare=False)
 
     def pair_count(self, rule: str) -> int:
         """Return the number of pairs of rows in the groups: all, or those of the best row with
@@ -103,7 +103,7 @@ class StepVectors:
     """
 
     keys: NDArray[np.int64]  # [N] numbers of sequences
-    student: NDArray[np.float32]  # [N,D] from a pass without gradient
+    student: Tensor  # [N,D] from a pass without gradient, on its device
     teacher: NDArray[np.float32]  # [N,D']
 
 

@@ -63,10 +63,8 @@ def _loss_in_step(
     with respect to them.
     """
     places = send(step_rows(keys, step.keys), student_vectors.device)
-    students, teachers = (
-        send(vectors, student_vectors.device).to(student_vectors.dtype)
-        for vectors in (step.student, step.teacher)
-    )
+    device, dtype = student_vectors.device, student_vectors.dtype
+    students, teachers = step.student.to(dtype), send(step.teacher, device).to(dtype)
     row_losses = rows(students.index_copy(0, places, student_vectors), teachers)
     total = row_losses.sum()
     return total - total.detach() + row_losses.detach()[places].sum()
@@ -106,12 +104,11 @@ def with_vectors(
                 continue
             with torch.no_grad():
                 each = [run(embed_sequences, task, p, term, name, world.device) for p in parts]
-            students = torch.cat(each).float().cpu().numpy()
             targets = [teacher_vectors_of(part, name) for part in parts]
-            keys = np.concatenate([key for key, _ in targets])
-            teachers = np.concatenate([rows for _, rows in targets])
-            columns = zip(*world.gather((keys, students, teachers)), strict=True)  # by process
-            vectors[name] = sort_vectors(*map(np.concatenate, columns))
+            own = [np.concatenate(column) for column in zip(*targets, strict=True)]
+            keys, teachers = zip(*world.gather(own), strict=True)  # by process
+            students = world.gather_rows(torch.cat(each).float(), [len(one) for one in keys])
+            vectors[name] = sort_vectors(np.concatenate(keys), students, np.concatenate(teachers))
     return replace(counts, vectors=vectors)
 
 
@@ -120,10 +117,10 @@ def _compares(term: DistillTerm, part: Batch, name: str) -> bool:
     return is_vector and term.of_vectors.compares_rows
 
 
-def sort_vectors(keys: Ints, students: np.ndarray, teachers: np.ndarray) -> StepVectors:
+def sort_vectors(keys: Ints, students: Tensor, teachers: np.ndarray) -> StepVectors:
     """Sort the vectors [N,D] of rows by ascending ``keys`` [N], whichever process found them."""
     order = np.argsort(keys, kind="stable")
-    return StepVectors(keys[order], students[order], teachers[order])
+    return StepVectors(keys[order], students[send(order, students.device)], teachers[order])
 
 
 def teacher_vectors_of(batch: Batch, name: str) -> tuple[Ints, np.ndarray]:
@@ -203,9 +200,8 @@ class HeldOutVectors:
         for name in term.teachers:
             total, rows = sums.get(loss_names[name], (0.0, 0))
             if parts := self.collected.get(name):
-                step = sort_vectors(
-                    *(np.concatenate(column) for column in zip(*parts, strict=True))
-                )
+                keys, students, teachers = map(np.concatenate, zip(*parts, strict=True))
+                step = sort_vectors(keys, torch.from_numpy(students), teachers)
                 total, rows = total + _held_out_loss(step, term.of_vectors), rows + len(step.keys)
             sums[loss_names[name]] = total, rows
         means = [total / rows for total, rows in sums.values() if rows]
@@ -217,7 +213,8 @@ def _held_out_loss(step: StepVectors, term: VectorTerm) -> float:
     for start in range(0, len(step.keys), HELD_OUT_SET):
         part = slice(start, start + HELD_OUT_SET)
         students, teachers = (
-            torch.from_numpy(one[part]).double() for one in (step.student, step.teacher)
+            step.student[part].double(),
+            torch.from_numpy(step.teacher[part]).double(),
         )
         total += float(vector_loss(students, teachers, step.keys[part], None, term)[1])
     return total

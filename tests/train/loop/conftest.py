@@ -1,9 +1,13 @@
-"""A run that nothing interrupted."""
+"""A run that nothing interrupted, and what the steps of a run read from their device."""
 
 import json
+from functools import partial
 
 import pytest
 
+from rekindle.train import loop
+from rekindle.train.steps.take import Judge
+from testlib.host.reads import Reads, counting_copies
 from testlib.loop import ALL, run, train_config
 
 
@@ -19,3 +23,22 @@ def whole(masked_world, tmp_path_factory):
     )
     assert seen == list(range(1, 11))
     return result
+
+
+@pytest.fixture
+def reads_of_steps(monkeypatch):
+    """What each step reads, as if the device were a GPU: [before it, in it]."""
+    monkeypatch.setattr(loop, "Judge", partial(Judge, late=True))
+    take, found, copied = loop.take_step, [], counting_copies(monkeypatch)
+
+    def take_step(*given):
+        before = dict(+copied)
+        copied.clear()
+        with Reads() as reads:
+            taken = take(*given)
+        found.append((before, dict(+reads.found + copied)))
+        copied.clear()
+        return taken
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+    return found

@@ -176,6 +176,12 @@ def test_two_processes_train_the_student_of_one(world, still, tmp_path):
         assert (tmp_path / parallel / "1_Pooling" / "config.json").is_file()
 
 
+def test_a_step_of_several_parts_reads_no_vector_from_its_device(world, tmp_path, reads_of_steps):
+    config = train_config(BOTH, steps=2, evaluate_every=9, micro_batch_sequences=4)
+    run(world, tmp_path / "run", config)
+    assert [inside for _, inside in reads_of_steps] == [{}] * 2
+
+
 def test_a_loop_of_ones_own_has_the_vectors(world):
     cache = Cache.open(world.path)
     batch = cache.gather(np.arange(6), ["far"], masked_view=cache.masked_view().name)

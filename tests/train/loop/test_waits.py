@@ -1,36 +1,12 @@
 """A step given to a device waits for nothing that the device must say."""
 
-from functools import partial
-
 import pytest
 
-from rekindle.train import loop
-from rekindle.train.steps.take import Judge
-from testlib.host.reads import Reads, counting_copies
 from testlib.loop import ALL, run, train_config
 
 STEPS = 4
 FOUND = {"method": "replaced_tokens", "teacher": "big"}
 CAUSAL = [{"teachers": ["lm"], "temperature": 2.0}, {"teachers": ["sense"]}]
-
-
-@pytest.fixture
-def watched(monkeypatch):
-    """What each step reads, as if the device were a GPU: [before it, in it]."""
-    monkeypatch.setattr(loop, "Judge", partial(Judge, late=True))
-    take, found, copied = loop.take_step, [], counting_copies(monkeypatch)
-
-    def take_step(*given):
-        before = dict(+copied)
-        copied.clear()
-        with Reads() as reads:
-            taken = take(*given)
-        found.append((before, dict(+reads.found + copied)))
-        copied.clear()
-        return taken
-
-    monkeypatch.setattr(loop, "take_step", take_step)
-    return found
 
 
 @pytest.mark.parametrize(
@@ -47,13 +23,22 @@ def watched(monkeypatch):
     ],
 )
 def test_a_step_reads_nothing_from_its_device(
-    request, tmp_path, watched, world, distill, student, values
+    request, tmp_path, reads_of_steps, world, distill, student, values
 ):
     world = request.getfixturevalue(world)
     config = train_config(
         distill, **{"steps": STEPS, "evaluate_every": 9, "log_gradients_every": None} | values
     )
     run(world, tmp_path / "run", config, student=student)
-    assert [inside for _, inside in watched] == [{}] * STEPS
+    assert [inside for _, inside in reads_of_steps] == [{}] * STEPS
     # what was left by the step before is read outside it, once
-    assert [before for before, _ in watched[1:]] == [{}, {"tolist": 1}, {"tolist": 1}]
+    assert [before for before, _ in reads_of_steps[1:]] == [{}, {"tolist": 1}, {"tolist": 1}]
+
+
+def test_nor_does_a_ranking_of_several_parts(masked_world, tmp_path, reads_of_steps):
+    """But for the sums of the expert's own scores, which are the host's."""
+    ranking = {"group": "domain", "listwise": 0.5}
+    term = {"teachers": ["score"], "ranking": ranking}
+    config = train_config([term], steps=STEPS, evaluate_every=9, micro_batch_sequences=4)
+    run(masked_world, tmp_path / "run", config)
+    assert [inside for _, inside in reads_of_steps] == [{"tolist": 1}] * STEPS

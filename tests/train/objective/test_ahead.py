@@ -31,7 +31,7 @@ CASES = {
         "tokens, masked": NOTHING,
         "experts": NOTHING,
         "pairs": NOTHING,
-        "ranking, points alone": {"ranking": 6},
+        "ranking, points alone": {"ranking": 7},
         "pseudo-labels of tokens at masks": NOTHING,
     },
     "experts_world": {

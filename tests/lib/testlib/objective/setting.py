@@ -175,6 +175,11 @@ class Threads(World):
         self.meeting.wait()
         return found
 
+    def gather_rows(self, values, counts):
+        by_rank = self.gather(values)
+        assert [*map(len, by_rank)] == list(counts)
+        return torch.cat(by_rank)
+
     def sum(self, values):
         return [sum(column) for column in zip(*self.gather(list(values)), strict=True)]
 

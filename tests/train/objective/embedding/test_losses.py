@@ -81,7 +81,7 @@ def test_the_parts_of_a_step_add_up_to_it(keys, parts):
     own, wanted = drawn(7, 5)[first].requires_grad_(), drawn(7, 5, 1)[first]
     loss = vector_loss(own, wanted, keys, None, asked)[0]
     (expected,) = torch.autograd.grad(loss, own)
-    step = sort_vectors(keys, own.detach().numpy(), wanted.numpy())
+    step = sort_vectors(keys, own.detach(), wanted.numpy())
     starts = np.cumsum([0, *parts])
     total, found = 0.0, []
     for start, stop in pairwise(starts):
