@@ -24,6 +24,7 @@ from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.caching.in_flight import (
     IN_FLIGHT_BYTES,
     Arrays,
+    GpuTransfer,
     NoTransfer,
     Pending,
     TransferBeside,
@@ -208,15 +209,19 @@ def test_blocks_of_whole_distributions_come_back_within_the_budget(
     teachers = language_models[-1:]
     monkeypatch.setitem(scoring.LOGITS_BYTES, "cpu", 4000)
     cache_teachers(configure(tmp_path / "waits", teachers))
+    joined = on_device()
+    cache_teachers(configure(tmp_path / "joined", teachers))
+    monkeypatch.setattr(scoring, "TOGETHER_BYTES", 0)
     device = on_device()
     cache_teachers(configure(tmp_path / "unbounded", teachers))
     largest = max(device.sizes)
     assert device.most > 5 * largest
+    assert len(joined.sizes) == joined.batch + 1 < len(device.sizes) // 2
     bounded = on_device()
     bounded.budget = 2 * largest
     cache_teachers(configure(tmp_path / "bounded", teachers))
     assert largest < bounded.most <= bounded.budget
-    for name in ("unbounded", "bounded"):
+    for name in ("joined", "unbounded", "bounded"):
         assert contents(tmp_path / name) == contents(tmp_path / "waits")
 
 
@@ -363,3 +368,13 @@ def test_a_gpu_is_waited_for_by_nothing_else(
         for each, again in zip(one.targets["topk"], other.targets["topk"], strict=True):
             np.testing.assert_array_equal(each.positions, again.positions)
             np.testing.assert_allclose(each.entropy, again.entropy, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_keeps_no_copy_of_what_is_on_its_way():
+    transfer, before = GpuTransfer(torch.device("cuda")), torch.cuda.memory_allocated()
+    pending = transfer.fetch({"x": torch.ones(1 << 20, device="cuda")}, dict)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+    assert pending()["x"].all()
