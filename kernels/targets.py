@@ -54,7 +54,7 @@ def read_factor(name: str, number: object) -> float:
 
 def _read_weight(name: str, number: object) -> float:
     weight = read_number(name, number)
-    if not math.isfinite(weight):
+    if not -math.inf < weight < math.inf:  # torch.compile knows no isfinite of a symbol
         raise ValueError(f"{name} is {number}; it must be finite")
     return weight
 

@@ -1,6 +1,7 @@
 """What lay in memory before a call does not reach its results: NaN lies in all of it here."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +130,68 @@ def test_no_product_of_the_row_kernels_head_has_rows_that_end_within_16_bytes(
     for ours, torchs in zip(*results, strict=True):
         assert ours.shape == torchs.shape
         torch.testing.assert_close(ours, torchs, rtol=tolerance, atol=tolerance)
+
+
+WHOLE, HALF = 10**9, 3 * 128 * 2  # bytes of one block, and of three rows padded to 128 ids
+
+
+@pytest.mark.usefixtures("triton_runs")
+@pytest.mark.parametrize(
+    ("product", "weight", "budget", "sums", "is_final"),
+    [
+        (torch.bfloat16, torch.bfloat16, WHOLE, torch.bfloat16, True),
+        (torch.bfloat16, torch.float32, WHOLE, torch.float32, True),
+        (torch.bfloat16, torch.bfloat16, HALF, torch.float32, False),  # rounded after the last
+        (torch.bfloat16, torch.float32, HALF, torch.float32, True),
+        (torch.float16, torch.float16, WHOLE, torch.float32, False),  # lifted
+    ],
+)
+def test_a_single_block_writes_the_weights_gradient_as_it_is_handed_over(
+    product: torch.dtype,
+    weight: torch.dtype,
+    budget: int,
+    sums: torch.dtype,
+    is_final: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the weight's type, without a float32 copy of [V,H]. Of several blocks the first overwrites
+    the sum. Autocast may round the products.
+    """
+    written = []
+
+    def noted(total: Tensor, a: Tensor, b: Tensor, plus: bool = False) -> None:
+        if total.shape == (vocabulary, HIDDEN):
+            written.append((total.dtype, plus, total.data_ptr()))
+        blocks.product_(total, a, b, plus)
+
+    vocabulary = 96
+    monkeypatch.setitem(blocks.BLOCK_BYTES, DEVICE, budget)
+    monkeypatch.setattr(blockwise, "product_", noted)
+    x, w = (draw(n, HIDDEN, seed=n).to(weight).requires_grad_() for n in (ROWS, vocabulary))
+    ids, probs = targets()
+    with torch.autocast(DEVICE, product, enabled=weight != product):
+        loss = linear_kd_loss(x, w, ids % vocabulary, probs, impl="triton").loss
+    (gradient,) = torch.autograd.grad(loss, w)
+    assert [each[:2] for each in written] == [(sums, False), (sums, True)][: 1 + (budget == HALF)]
+    assert gradient.dtype == weight
+    assert (gradient.data_ptr() == written[-1][2]) == is_final
+
+
+def test_a_gpus_blocks_follow_all_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixteenth, at least 2 GiB, whatever others leave free: sums must not depend on them."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("free memory was asked for")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", never)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", never)
+    monkeypatch.setattr(blocks, "_gpu_budget", blocks._gpu_budget.__wrapped__)  # without its cache
+    row = 2**21  # bytes
+    for total, rows in ((80 * 2**30, 5 * 2**30 // row), (16 * 2**30, 2 * 2**30 // row)):
+        properties = SimpleNamespace(total_memory=total)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
+        cut = blocks.row_blocks(5120, row // 2, 2, torch.device("cuda"))
+        assert [block.stop - block.start for block in cut] == [rows] * (5120 // rows)
 
 
 @pytest.mark.covering

@@ -10,6 +10,7 @@ from rekindle.kernels import blockwise, ops
 from rekindle.kernels.hidden import WholeLogits
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
 from rekindle.kernels.targets import KernelTargets, LossSettings
+from testlib.kernels.encoded_rows import encoded_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -89,6 +90,22 @@ def test_compiles_with_inductor(impl: str) -> None:
 
     compiled = torch.compile(linear, fullgraph=True)
     torch.testing.assert_close(gradients(case, compiled), gradients(case, linear))
+
+
+def test_numbers_that_change_and_targets_of_a_cache_compile_as_one_graph(impl: str) -> None:
+    """As of a schedule of weights; the compiler makes a number that changes a symbol."""
+    case = make()
+    targets = encoded_rows(case["ids"], 2.0)
+
+    def linear(x: Tensor, w: Tensor, number: float) -> Tensor:
+        options = {"kd_weight": number, "logit_scale": 1 + number, "temperature": 2.0}
+        return linear_kd_loss(x, w, targets, impl=impl, **options).loss
+
+    torch.compiler.reset()
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    for number in (0.5, 0.25, 0.75):
+        given = case["hidden"], case["weight"], number
+        torch.testing.assert_close(compiled(*given), linear(*given))
 
 
 def test_auto_compiles_too() -> None:

@@ -14,24 +14,21 @@ from torch import Tensor
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
 from rekindle.kernels.targets import KernelTargets, LossSettings
 from testlib.kernels.reference import loss_settings, reference_losses
+from testlib.kernels.shapes import DEVICE, kernel_takes
 
 pytest.importorskip("triton")
-row_shapes = pytest.importorskip("rekindle.kernels.row_shapes")
-triton_rows = pytest.importorskip("rekindle.kernels.triton_rows")
-Shape = row_shapes.Shape
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl")
-TAILS = ("bucket", "renormalise", "none")
-# one unit in the last place, as a share of the value; the interpreter cuts bfloat16 off, so twice
-# there
-ULP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 # Listed entries go through the ordinary formula before they are overwritten; it may overflow.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning"),
     pytest.mark.usefixtures("triton_runs"),
 ]
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl")
+TAILS = ("bucket", "renormalise", "none")
+# one unit in the last place, as a share of the value; the interpreter cuts bfloat16 off, so twice
+# there
+ULP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
 def make(rows: int, vocabulary: int, k: int, seed: int = 0, dtype: Any = torch.float32) -> dict:
@@ -104,24 +101,10 @@ def test_every_divergence_tail_and_temperature(divergence: str, tail: str, tau: 
     )  # fmt: skip
 
 
-def shape_named(name: str, vocabulary: int) -> Shape:
-    """Of a row of V entries: streamed over several blocks, or held by one program or several."""
-    if name == "streamed":
-        return Shape(False, 1, 256, 1, 64, stages=3, programs=2)
-    block = max(256, 1 << (vocabulary - 1).bit_length())
-    return Shape(True, 4 if name == "cluster" else 1, block, 8, 128)
-
-
-@pytest.fixture(params=["streamed", "held", "cluster"])
+@pytest.fixture(params=["streamed", "held", "cluster of 4"])
 def shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every shape of the kernel takes the rows, whatever the table says."""
-    name = request.param
-    machine = row_shapes.machine_of(torch.device(DEVICE))
-    if name == "cluster" and DEVICE == "cuda" and not machine.clusters:
-        pytest.skip("no clusters by this GPU or this Triton")
-    monkeypatch.setattr(
-        triton_rows, "shape_of", lambda vocabulary, *_: shape_named(name, vocabulary)
-    )
+    """Every shape of the kernel takes the rows."""
+    kernel_takes(request.param, monkeypatch)
 
 
 @pytest.mark.usefixtures("shape")

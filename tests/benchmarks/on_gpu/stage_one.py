@@ -2,7 +2,6 @@
 rows.
 """
 
-import statistics
 import sys
 import tempfile
 import time
@@ -28,10 +27,13 @@ from rekindle.pipeline.teacher_config import TargetsConfig, TeacherConfig
 from rekindle.train.model.passes import with_known_padding
 
 BARE, STAGE, ONE_BY_ONE = "forward, masked tokens", "stage 1", "stage 1, a unit at a time"
+ROUNDS = 3
 
 
-def measure(toy: bool, add: Callable[[Row], None]) -> None:
-    """Measure tokens per second of each, in turns; stage 1 as a share of the bare loop."""
+def measure(toy: bool, add: Callable[[Row], None], left: Callable[[], float]) -> None:
+    """Measure tokens per second of each, in turns; stage 1 as a share of the bare loop. A round's
+    rows are added when it ends, and one that is not likely to be done is not begun.
+    """
     layers, width, units, rows, length = (1, 32, 2, 8, 32) if toy else (12, 768, 6, 2048, 128)
     with tempfile.TemporaryDirectory() as given:
         folder = Path(given)
@@ -72,20 +74,22 @@ def measure(toy: bool, add: Callable[[Row], None]) -> None:
             STAGE: lambda: [*named().run_many(work)],
             ONE_BY_ONE: lambda: [*map(named().make, work)],
         }
-        times: dict[str, list[float]] = {name: [] for name in works}
-        for number in range(2 if toy else 4):
+        case = f"{units} units of {rows} x {length}, L={layers} H={width} k=64 V={VOCABULARY}"
+        seconds: dict[str, float] = {}
+        for number in range(2 if toy else ROUNDS + 1):
+            if number > 1 and left() < 1.5 * sum(seconds.values()):
+                print(f"no time for round {number} of {ROUNDS}", flush=True)
+                break
             for name, do in works.items():
                 began = time.perf_counter()
                 do()
                 if on_gpu:
                     torch.cuda.synchronize()
-                if number:  # the first round warms up
-                    times[name].append(time.perf_counter() - began)
-    case = f"{units} units of {rows} x {length}, L={layers} H={width} k=64 V={VOCABULARY}"
-    for name, seconds in times.items():
-        best = statistics.median(seconds)
-        add((case, name, "tokens/s", units * rows * length / best, "1/s"))
-        share = statistics.median(b / s for b, s in zip(times[BARE], seconds, strict=True))
-        add((case, name, "share of the forward loop's rate", share, "1"))
-    if on_gpu:
-        add((case, STAGE, "peak memory", torch.cuda.max_memory_allocated() / 2**20, "MiB"))
+                seconds[name] = time.perf_counter() - began
+            for name, spent in seconds.items() if number else ():  # the first round warms up
+                about = f"{case}, round {number}"
+                add((about, name, "tokens/s", units * rows * length / spent, "1/s"))
+                share = seconds[BARE] / spent
+                add((about, name, "share of the forward loop's rate", share, "1"))
+        if on_gpu:
+            add((case, STAGE, "peak memory", torch.cuda.max_memory_allocated() / 2**20, "MiB"))

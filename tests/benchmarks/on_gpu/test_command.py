@@ -2,8 +2,6 @@
 
 import csv
 import importlib.util
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,25 +14,20 @@ ROW = ("a case", "rekindle", "time", 1.5, "ms")
 
 
 @pytest.fixture(scope="module")
-def command() -> Iterator[ModuleType]:
-    before = [*sys.path]
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location("gpu_command", BENCHMARKS / "gpu.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path[:] = before
+def command(benchmarks: None) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_command", BENCHMARKS / "gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def good(toy: bool, add: Any) -> None:
+def good(toy: bool, add: Any, left: Any) -> None:
     add(ROW)
 
 
-def bad(toy: bool, add: Any) -> None:
+def bad(toy: bool, add: Any, left: Any) -> None:
     add(ROW)
     raise RuntimeError("no such kernel")
 
@@ -68,38 +61,45 @@ def test_without_a_gpu_it_says_so(command, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_late_command_is_ended_with_what_it_began(command, tmp_path):
-    begun = tmp_path / "begun"
-    late = f"import os, time; os.fork(); open({str(begun)!r}, 'a').write('x'); time.sleep(60)"
-    assert command.run_within([sys.executable, "-c", late], 2) == "not done within 2 s"
-    assert begun.read_text() == "xx"
-    assert command.run_within([sys.executable, "-c", "raise SystemExit(3)"], 60) == (
-        "ended with exit code 3"
-    )
-
-
 def test_a_line_that_was_cut_off_is_no_row(command, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('["a case", "rekindle", "time", 1.5, "ms"]\n["a case", "rek')
     assert command.rows_of(path) == [ROW]
 
 
-def test_busy_is_what_spans_cover_together(command):
-    import training
+def test_a_line_of_the_table_is_what_one_did_in_a_case(command):
+    rows = [ROW, (*ROW[:2], "share of copy", 0.4, "1"), ("b", "rekindle", "passed", 3.0, "")]
+    told = command.table([command.Outcome("x", 2.0, rows, None)]).splitlines()
+    assert [line.split() for line in told[1:]] == [
+        ["a", "case", "rekindle", "time", "1.5", "ms;", "share", "of", "copy", "0.4"],
+        ["b", "rekindle", "passed", "3"],
+    ]
 
-    spans = [(0, 10), (15, 40), (30, 50), (35, 36), (80, 100)]  # the first tenth is left out
-    assert training.busy(spans) == (pytest.approx((35 + 20) / 90), 0.03)
-    with pytest.raises(RuntimeError, match="nothing run"):
-        training.busy([])
+
+def test_parts_and_the_start_have_less_than_six_minutes(command):
+    assert command.START_SECONDS + sum(part.seconds for part in command.parts().values()) <= 345
 
 
-def test_letters_of_pytest_are_counted(command):
-    import marked_tests
+def test_what_a_part_leaves_is_for_those_after_it(command):
+    """And what it takes too long, they have less: the end stays where it is."""
+    shares = {"a": 9, "b": 20, "c": 30, "d": 40}
+    known = {name: command.Part(seconds, good) for name, seconds in shares.items()}
+    spent, times, found = {"a": 2.0, "c": 45.0, "d": 33.0}, [100.0], {}
+    for name, seconds in command.limits("acd", known, lambda: times[-1]):
+        found[name] = seconds
+        times.append(times[-1] + spent[name])
+    assert found == {"a": 9, "c": 37, "d": 32}
 
-    text = (
-        "..F.sE [ 50%]\n.x                        [100%]\n=== FAILURES ===\nEnd. F\n2 failed in 3s"
+
+def test_a_part_knows_what_is_left_of_its_time(command, monkeypatch, tmp_path):
+    """It is to end itself before it is ended."""
+    told = []
+    monkeypatch.setattr(
+        command, "parts", lambda: {"x": command.Part(9, lambda toy, add, left: told.append(left()))}
     )
-    assert marked_tests.counted(text) == {"passed": 5, "failed": 2, "skipped": 1}
+    monkeypatch.setattr(command, "run_within", lambda given, seconds: command.main(given[2:]))
+    command.run("x", 30.0, tmp_path)
+    assert 20 < told[0] <= 30 - command.SPARE_SECONDS
 
 
 @pytest.mark.slow

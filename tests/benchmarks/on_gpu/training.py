@@ -1,10 +1,13 @@
-"""A student's training, plain and with cached KD, and the share of the time that the GPU
-is busy.
+"""A student's training: plain, with cached KD, in a loop written by hand and by Hugging Face's
+Trainer; and the share of the time that the GPU is busy.
 """
 
+import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +16,56 @@ import torch
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from results_csv import Row
 from train_setup import Bench, K, prepare
-from train_variants import BARE, KD1, PLAIN, ours
+from train_variants import BARE, KD1, KD2, PLAIN, TRAINER, Segment, no_trainer, ours, run
 
 import train  # noqa: TID251 (the benchmark beside this one)
+from rekindle.train.record.watch import LATEST
 
-NAMES = [PLAIN, KD1, BARE]
-PROFILED = 20  # steps
+OURS = (PLAIN, KD1, KD2)
+SIZES = train.Defaults("bert-base", "minilm-l6", 45, 12, 2, 256)
+PROFILED = 15  # steps
 
 
-def measure(toy: bool, add: Callable[[Row], None]) -> None:
-    """Measure tokens per second of a few short runs in turns; then do one more, under the
-    profiler.
+def measure(toy: bool, add: Callable[[Row], None], left: Callable[[], float]) -> None:
+    """Measure tokens per second of a few short runs, whose rows are added as each ends: ours, one
+    of them once more under the profiler, and the others. Ours are repeated if there is time.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student, teacher, steps, warm_up, rounds, batch = ("bert-base", "minilm-l6", 80, 20, 1, 256)
-    if toy:
-        student, teacher, steps, warm_up, rounds, batch = train.DEFAULTS["toy"]
+    sizes = train.DEFAULTS["toy"] if toy else SIZES
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), steps, warm_up, batch, 128, device)
-        prepare(bench, student, teacher)
-        case = f"{student} {batch}x128 k={K}, teacher {teacher}"
-        found = train.measure(bench, NAMES, rounds)
-        for name, segments in found.items():
-            best = min(segment.step for segment in segments)
-            add((case, name, "tokens/s", bench.tokens / best, "1/s"))
-            add((case, name, "time of a step", train.ratio(found, name, PLAIN), "x ours, plain"))
+        bench = Bench(Path(folder), sizes.steps, sizes.warm_up, sizes.batch, 128, device)
+        prepare(bench, sizes.student, sizes.teacher)
+        case = f"{sizes.student} {sizes.batch}x128 k={K}, teacher {sizes.teacher}"
+        latest: dict[str, Segment] = {}
+        longest = 0.0
+
+        def measured(name: str) -> None:
+            nonlocal longest
+            began = time.perf_counter()
+            found = latest[name] = run(name, bench)
+            longest = max(longest, time.perf_counter() - began)
+            add((case, name, "tokens/s", bench.tokens / found.step, "1/s"))
+            ratio = found.step / latest[PLAIN].step
+            add((case, name, "time of a step", ratio, "x ours, plain"))
+            if not math.isnan(found.wait):
+                add((case, name, "wait for data", 100 * found.wait, "% of the time"))
+            add((case, name, "peak memory", found.peak / 2**20, "MiB"))
+
+        for name in OURS:
+            measured(name)
         share, idle = profiled(bench)
         add((case, KD1, "device busy", share, "1"))
         add((case, KD1, "longest it waited", idle, "ms"))
+        if why := no_trainer():
+            print(f"{TRAINER}: skipped, {why}", flush=True)
+        else:
+            measured(TRAINER)
+        measured(BARE)
+        for name in OURS * (sizes.rounds - 1):
+            if left() < 1.5 * longest:
+                print(f"no time to repeat {name}", flush=True)
+                break
+            measured(name)
 
 
 def profiled(bench: Bench) -> tuple[float, float]:
@@ -48,7 +73,8 @@ def profiled(bench: Bench) -> tuple[float, float]:
     on_gpu = bench.device.type == "cuda"
     kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     profiler = torch.profiler.profile(activities=[kind])
-    last = min(bench.warm_up + PROFILED, bench.steps)
+    last = bench.warm_up + PROFILED
+    bench = replace(bench, steps=last + LATEST)
 
     def watch(done: int) -> None:
         if done == bench.warm_up:
@@ -58,12 +84,16 @@ def profiled(bench: Bench) -> tuple[float, float]:
 
     ours(bench, 1.0, watch)
     device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    events: Any = profiler.events()
-    return busy(
-        (event.time_range.start, event.time_range.end)
-        for event in events
-        if event.device_type == device
-    )
+    return busy(spans_on(device, profiler.events()))
+
+
+def spans_on(device: Any, events: Iterable[Any]) -> Iterator[tuple[float, float]]:
+    """Yield when each of the device's operations began and ended, in microseconds; not what spans
+    several of them and the pauses between, such as the optimiser's step.
+    """
+    for event in events:
+        if event.device_type == device and not event.is_user_annotation:
+            yield event.time_range.start, event.time_range.end
 
 
 def busy(spans: Iterable[tuple[float, float]]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ Called by `kd_losses.py --shapes`. A shape first has to agree with float64.
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,11 @@ def measure(
     repeats: int,
     take_turns: Callable[[dict[str, Callable[[], Any]], str, int], dict[str, list[float]]],
     cubins: Path | None = None,
+    leave_out: Sequence[str] = (),
 ) -> list[tuple[str, str, float, str]]:
-    """Print one table of logits [N,V]; return (provider, metric, value, unit)."""
+    """Print one table of logits [N,V]; return (provider, metric, value, unit). Without the shapes
+    whose names have one of ``leave_out`` in them.
+    """
     rows, vocabulary = logits.shape
     settings = LossSettings(temperature=tau, ce_weight=0.5, kd_weights=(0.5,), reduction="sum")
     machine = machine_of(logits.device)
@@ -54,7 +57,8 @@ def measure(
     chosen = shape_of(vocabulary, logits.itemsize, kept, floats, machine)
     shapes = {"table": chosen}
     for name, fields in candidates(vocabulary, logits.itemsize, *machine).items():
-        shapes[name] = Shape(*fields)
+        if not any(part in name for part in leave_out):
+            shapes[name] = Shape(*fields)
     tried: dict[str, Callable[[], Any]] = {}
     for name, shape in shapes.items():
         tried[name] = lambda shape=shape: run(shape)
