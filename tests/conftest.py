@@ -301,6 +301,10 @@ FAMILIES = {
         "LlamaConfig",
         {"num_hidden_layers": 2, "intermediate_size": 48, "num_key_value_heads": 1},
     ),
+    "mistral": (
+        "MistralConfig",
+        {"num_hidden_layers": 2, "intermediate_size": 48, "num_key_value_heads": 1},
+    ),
 }
 COMMON = {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 256}
 

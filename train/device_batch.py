@@ -34,7 +34,7 @@ from rekindle.kernels.checks import TargetObjects
 from rekindle.kernels.encoded import EncodedTargets, decode, odds_at
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets, LogProbBlocks, WholeLogits
 from rekindle.kernels.targets import DecodedTargets
-from rekindle.train.model.passes import note_padding
+from rekindle.train.host.known import copy_to, note
 from rekindle.train.model.split_model import OutputHead
 from rekindle.train.order.ahead import copy_on, made
 
@@ -46,13 +46,7 @@ def send(values: NDArray, device: torch.device) -> Tensor:
     """Return a NumPy array as a tensor on ``device``; pin it first if the copy can then overlap."""
     if (sent := copy_on(values, device)) is not None:
         return sent
-    values = values.view(np.ndarray)
-    # Read-only memory maps are never written through this: every consumer copies or computes out of
-    # place.
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return copy_to(values.view(np.ndarray), device)
 
 
 def send_columns(values: NDArray, columns: slice | int, device: torch.device) -> Tensor:
@@ -73,19 +67,15 @@ def model_inputs(
     mask: NDArray[np.bool_] | None = None,
 ) -> Inputs:
     """Return ``input_ids`` and ``attention_mask`` [B,S] (and ``token_type_ids``,
-    ``document_numbers``) as int64. ``mask``: of the ``lengths``, where it is made already.
+    ``document_numbers``) as int64, with what the host knows of them. ``mask``: of the ``lengths``,
+    where it is made already.
     """
     if mask is None:
         mask = np.arange(input_ids.shape[1]) < lengths[:, None]
-    inputs = {
-        "input_ids": send(input_ids, device).long(),
-        "attention_mask": note_padding(send(mask, device).long(), bool(mask.all())),
-    }
-    if token_types is not None:
-        inputs["token_type_ids"] = send(token_types, device).long()
-    if document_numbers is not None:
-        inputs[DOCUMENTS] = send(document_numbers, device).long()
-    return inputs
+    columns = {"input_ids": input_ids, "attention_mask": mask}
+    columns |= {} if token_types is None else {"token_type_ids": token_types}
+    columns |= {} if document_numbers is None else {DOCUMENTS: document_numbers}
+    return {name: note(send(values, device).long(), values) for name, values in columns.items()}
 
 
 def clean_inputs(batch: Batch, device: torch.device) -> Inputs:
@@ -288,7 +278,8 @@ def language_rows(batch: Batch, task: str, device: torch.device) -> LanguageRows
     else:
         inputs = clean_inputs(batch, device)
     keys, labels = language_keys(batch, task), language_labels(batch, task)
-    return LanguageRows(inputs, send(keys, device), send(labels, device), keys)
+    select = note(send(keys, device), keys)
+    return LanguageRows(inputs, select, send(labels, device), keys)
 
 
 def language_keys(batch: Batch, task: str) -> NDArray[np.int64]:

@@ -21,8 +21,8 @@ from rekindle.data.padding import length_buckets, pad
 from rekindle.data.targets.codec import Columns
 from rekindle.pipeline.caching.in_flight import Pending
 from rekindle.pipeline.caching.teachers import Teacher
+from rekindle.train.host.known import note
 from rekindle.train.model.padding import set_padding
-from rekindle.train.model.passes import note_padding
 from rekindle.train.running_out import is_out_of_memory
 
 log = logging.getLogger("rekindle")
@@ -36,8 +36,14 @@ def padded_inputs(teacher: Teacher, sequences: list[NDArray]) -> dict[str, Tenso
     lengths = np.array([len(s) for s in sequences])
     ids = pad(sequences, lengths, _padding_id(teacher, sequences))
     mask = np.arange(ids.shape[1]) < lengths[:, None]
-    attention_mask = note_padding(teacher.tensor(mask), bool(mask.all()))
+    attention_mask = note(teacher.tensor(mask), mask)
     return {"input_ids": teacher.tensor(ids), "attention_mask": attention_mask}
+
+
+def padded(teacher: Teacher, lists: list[NDArray], fill: int) -> Tensor:
+    """Return what goes with the tokens of each sequence as one tensor, ``fill`` beside padding."""
+    values = pad(lists, np.array([len(one) for one in lists]), fill)
+    return note(teacher.tensor(values), values)
 
 
 def _padding_id(teacher: Teacher, sequences: list[NDArray]) -> int:

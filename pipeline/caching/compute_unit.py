@@ -14,7 +14,6 @@ from torch import Tensor
 from rekindle.data.corpus.columns import DOCUMENTS, TOKEN_TYPES, document_numbers, word_characters
 from rekindle.data.corpus.encoded import Encoded
 from rekindle.data.errors import InputError
-from rekindle.data.padding import pad
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.storage.units import unit_of
 from rekindle.data.targets.codec import Columns, decode_ids
@@ -24,7 +23,7 @@ from rekindle.data.targets.reading.cut import Counts
 from rekindle.data.targets.reading.reader import TeacherReader, target_positions
 from rekindle.data.targets.schema import MAPPABLE, MAPPED_MASS, TeacherInfo
 from rekindle.data.views.pairs import PairView
-from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, run_batches
+from rekindle.pipeline.caching.batching import joined_columns, padded, padded_inputs, run_batches
 from rekindle.pipeline.caching.in_flight import Arrays, Pending
 from rekindle.pipeline.caching.mapped import check_mass
 from rekindle.pipeline.caching.sampling import sample_keys
@@ -372,14 +371,12 @@ class UnitRun:
         def of_batch(rows: Rows) -> Pending:
             inputs = padded_inputs(self.teacher, [shown_ids[r] for r in rows])
             if segment_ids is not None and self.teacher.token_types:
-                batch_segments = [segment_ids[r] for r in rows]
-                padded = pad(batch_segments, np.array([len(k) for k in batch_segments]), 0)
-                inputs["token_type_ids"] = self.teacher.tensor(padded)
+                segments = [segment_ids[r] for r in rows]
+                inputs["token_type_ids"] = padded(self.teacher, segments, 0)
             if documents is not None:
-                batch_documents = [documents[r] for r in rows]
-                numbers = pad(batch_documents, np.array([len(row) for row in batch_documents]), -1)
-                if (numbers > 0).any():
-                    inputs[DOCUMENTS] = self.teacher.tensor(numbers)
+                numbers = [documents[r] for r in rows]
+                if any((row > 0).any() for row in numbers):
+                    inputs[DOCUMENTS] = padded(self.teacher, numbers, -1)
             return forward(rows, inputs)
 
         results: list[tuple[Rows, Columns]] = []

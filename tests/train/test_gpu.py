@@ -72,8 +72,11 @@ def test_ways_to_run_it_change_nothing(train, option):
     assert train("with", **{option: True}) == pytest.approx(train("without"), rel=2e-3)
 
 
-def test_a_step_waits_for_nothing(train, monkeypatch):
-    """PyTorch refuses whatever would make the host wait while a step is given to the device."""
+@pytest.fixture
+def waits_for_nothing(monkeypatch):
+    """waits_for_nothing(): from then on PyTorch refuses whatever would make the host wait while a
+    step is given to the device.
+    """
     take = loop.take_step
 
     def watched(*given):
@@ -83,9 +86,28 @@ def test_a_step_waits_for_nothing(train, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
+    return lambda: monkeypatch.setattr(loop, "take_step", watched)
+
+
+@pytest.mark.parametrize("values", [{"log_gradients_every": None}, {"log_gradients_every": 3}])
+def test_a_step_waits_for_nothing(train, waits_for_nothing, values):
     expected = train("plain")
-    monkeypatch.setattr(loop, "take_step", watched)
-    assert train("watched", log_gradients_every=None) == pytest.approx(expected, rel=2e-3)
+    waits_for_nothing()
+    assert train("watched", **values) == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 6])  # full batches, padded ones
+@pytest.mark.parametrize("prompts", [False, True])
+def test_a_causal_student_waits_for_nothing(
+    causal_world, tmp_path, waits_for_nothing, batch, prompts
+):
+    given = {"model": str(causal_world.student), "task": "causal_lm", "domain_prompts": prompts}
+    objective = {"distill": [{"teachers": ["lm"], "temperature": 2.0}, {"teachers": ["sense"]}]}
+    values = values_of(objective=objective, batch_sequences=batch)
+    waits_for_nothing()
+    student, config = StudentConfig.model_validate(given), parse_settings(TrainConfig, values)
+    train_student(causal_world.open(), student, config, tmp_path / "run")
+    assert len(losses(tmp_path / "run")) >= config.steps
 
 
 def test_a_bad_step_changes_no_weight(train, monkeypatch):

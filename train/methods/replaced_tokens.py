@@ -12,6 +12,7 @@ classified.
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import ref
 
 import numpy as np
 import torch
@@ -83,6 +84,7 @@ class ReplacedTokens(Method):
         self.special = np.zeros(facts["size"], bool)
         self.special[sorted(facts["special_ids"])] = True
         self.content = content_ids(facts).astype(np.int64)
+        self._latest: tuple[ref[Batch], torch.device, CorruptedText] | None = None
 
     @property
     def teachers(self) -> tuple[str, ...]:  # noqa: D102
@@ -133,7 +135,16 @@ class ReplacedTokens(Method):
         }
 
     def corrupted(self, batch: Batch, device: torch.device) -> "CorruptedText":
-        """Return the batch's text with replacements, the same for an example in every batch."""
+        """Return the batch's text with replacements, the same for an example in every batch.
+
+        If asked again for one batch, as at steps that measure gradients: the same tensors, which
+        nobody need compare.
+        """
+        if self._latest is None or self._latest[0]() is not batch or self._latest[1] != device:
+            self._latest = (ref(batch), device, self._corrupt(batch, device))
+        return self._latest[2]
+
+    def _corrupt(self, batch: Batch, device: torch.device) -> "CorruptedText":
         target = self._target(batch)
         sampled = self._sample(batch, target, device)
         inputs = clean_inputs(batch, device)

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rekindle.data.errors import InputError, naming
+from rekindle.train.host.known import copy_to, note
 from rekindle.train.model.family_head import SECTION, FamilyHead
 from rekindle.train.model.fitting import knows_segments
 from rekindle.train.model.meta import read_tensors
@@ -204,8 +206,7 @@ class StudentNetwork(nn.Module):
         body_inputs = inputs
         if SEGMENTS in inputs and not knows_segments(self.model.config):
             body_inputs = {name: value for name, value in inputs.items() if name != SEGMENTS}
-        if self.prompts is None and self._asks_for_padding:
-            body_inputs = with_known_padding(body_inputs)
+        body_inputs = with_known_padding(body_inputs)
         if self.prompts is not None:
             body_inputs = self.prompts.insert(body_inputs, self.model.get_input_embeddings())
             select = None if select is None else with_prompt(select, inputs["input_ids"].shape[1])
@@ -224,15 +225,8 @@ class StudentNetwork(nn.Module):
         """
         if self.prompts is None:
             return inputs
-        numbers = torch.tensor(self.prompts.numbers(domains))
-        device = inputs["input_ids"].device
-        numbers = numbers.pin_memory() if device.type == "cuda" else numbers
-        return {**inputs, DOMAINS: numbers.to(device, non_blocking=True)}
-
-    @property
-    def _asks_for_padding(self) -> bool:
-        """Whether the model checks if a mask hides anything: others may take masks apart."""
-        return getattr(self.model.config, "_attn_implementation", None) == "sdpa"
+        numbers = np.array(self.prompts.numbers(domains), np.int64)
+        return {**inputs, DOMAINS: note(copy_to(numbers, inputs["input_ids"].device), numbers)}
 
     @property
     def output_head(self) -> OutputHead:

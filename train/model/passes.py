@@ -1,5 +1,5 @@
-"""Wrappers around the student's body that record, share or replay its forward passes; and an
-attention mask that knows whether it hides anything.
+"""Wrappers around the student's body that record, share or replay its forward passes; and the
+attention mask of a pass, which need not be asked of the device.
 
 Without a wrapper, each pass is run and forgotten.
 
@@ -7,10 +7,12 @@ Shapes: B sequences of S tokens, N rows, H hidden.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from rekindle.train.host.known import Known, are_equal, values_of
 
 Inputs = Mapping[str, Tensor]
 PassResult = tuple[Tensor | None, Tensor]  # hidden rows [N,H], if some are selected; states [B,S,H]
@@ -28,11 +30,11 @@ class Pass(NamedTuple):
     def covers(self, inputs: Inputs, select: Tensor | None) -> bool:
         """Return whether this pass already holds the result for these arguments (dropout aside)."""
         same = inputs.keys() == self.inputs.keys() and all(
-            torch.equal(inputs[name], self.inputs[name]) for name in inputs
+            are_equal(inputs[name], self.inputs[name]) for name in inputs
         )
         if not same or select is None:
             return same
-        return self.select is not None and torch.equal(select, self.select)
+        return self.select is not None and are_equal(select, self.select)
 
 
 class RecordedPasses:
@@ -93,56 +95,12 @@ class ReplayedPasses(RecordedPasses):
         return self.leaves[-1]
 
 
-# --- masks that know whether they hide anything ---
-# With PyTorch's own attention transformers calls ``mask.all()`` before every pass, to leave out a
-# mask that hides nothing. On a GPU that call would wait for all earlier work; the host knows it.
-
 MASK = "attention_mask"
-_SAME = (Tensor.to, Tensor.bool, Tensor.long)  # what does not change the answer
-
-
-class PaddingMask(Tensor):
-    """A mask [B,S] that answers ``all()`` itself."""
-
-    hides_nothing: bool
-
-    @classmethod
-    def of(cls, mask: Tensor, hides_nothing: bool) -> "PaddingMask":
-        """Return the mask, with the answer."""
-        marked = mask.as_subclass(cls)
-        marked.hides_nothing = hides_nothing
-        return marked
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Answer ``all()``; otherwise return plain tensors, unless only the type changes."""
-        with torch._C.DisableTorchFunctionSubclass():
-            mask = args[0] if args and isinstance(args[0], cls) else None
-            if func is Tensor.all and mask is not None and len(args) == 1 and not kwargs:
-                return mask.hides_nothing
-            result = func(*args, **(kwargs or {}))
-            if not isinstance(result, Tensor):
-                return result
-            if mask is not None and func in _SAME:
-                return cls.of(result, mask.hides_nothing)
-            return result.as_subclass(Tensor) if isinstance(result, cls) else result
-
-
-def note_padding(mask: Tensor, hides_nothing: bool) -> Tensor:
-    """Note on a mask whether it hides nothing; for ``with_known_padding``."""
-    mask.hides_nothing = hides_nothing  # type: ignore[attr-defined]
-    return mask
 
 
 def with_known_padding(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return a pass's inputs with a mask that answers by itself, if ``note_padding`` marked it."""
-    hides_nothing = getattr(inputs[MASK], "hides_nothing", None)
-    if hides_nothing is None:
-        return inputs
-    return {**inputs, MASK: PaddingMask.of(inputs[MASK], hides_nothing)}
+    """Return a pass's inputs with a mask that says itself whether it hides anything, if the host
+    knows it (``note``).
+    """
+    values = values_of(inputs[MASK])
+    return inputs if values is None else {**inputs, MASK: Known.of(inputs[MASK], values)}

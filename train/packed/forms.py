@@ -8,10 +8,14 @@ its row each token belongs to, −1 for padding; a form replaces it and the atte
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from rekindle.data.batch import Ints
 from rekindle.data.corpus.columns import DOCUMENTS
+from rekindle.train.host.known import Known, copy_to, values_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,12 +54,18 @@ def possible_forms(model: "PreTrainedModel", causal: bool) -> Iterator[list[Form
         yield [Form(kind, first) for first in first_positions]
 
 
-def positions_of(numbers: Tensor, first: int) -> Tensor:
+def positions_of(numbers: Ints, first: int) -> Ints:
     """Return the position ids [B,S], starting from ``first`` in each document."""
-    places = torch.arange(numbers.shape[1], device=numbers.device).expand(numbers.shape)
-    begins = torch.ones_like(numbers, dtype=torch.bool)
+    places = np.arange(numbers.shape[1])
+    starts: Ints = np.maximum.accumulate(np.where(_begins(numbers), places, 0), axis=1)
+    return places - starts + first
+
+
+def _begins(numbers: Ints) -> NDArray[np.bool_]:
+    """Return which tokens [B,S] begin a document. Padding counts as one."""
+    begins = np.ones(numbers.shape, bool)
     begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
-    return places - torch.where(begins, places, 0).cummax(dim=1).values + first
+    return begins
 
 
 def block_mask(numbers: Tensor, causal: bool) -> Tensor:
@@ -66,12 +76,14 @@ def block_mask(numbers: Tensor, causal: bool) -> Tensor:
 
 def as_read(model: "PreTrainedModel", inputs: Inputs, form: Form, causal: bool) -> dict[str, Any]:
     """Return a pass's inputs with ``document_numbers`` replaced by that form. For ``flat`` they are
-    a single row [1,B·S].
+    a single row [1,B·S]. Waits for the device only if nobody has noted the numbers (``note``).
     """
-    numbers = inputs[DOCUMENTS]
-    positions = positions_of(numbers, form.first)
+    numbers, on_host = inputs[DOCUMENTS], values_of(inputs[DOCUMENTS])
+    on_host = numbers.cpu().numpy() if on_host is None else on_host
+    positions = positions_of(on_host, form.first)
     packed: dict[str, Any] = {k: v for k, v in inputs.items() if k not in (DOCUMENTS, MASK)}
-    packed["position_ids"] = positions
+    # transformers asks them whether any row has several documents, where there is no mask
+    packed["position_ids"] = Known.of(copy_to(positions, numbers.device), positions)
     if form.kind == "mask":
         packed[MASK] = _for_attention(model, block_mask(numbers, causal))
     elif form.kind == "positions":
@@ -79,9 +91,9 @@ def as_read(model: "PreTrainedModel", inputs: Inputs, form: Form, causal: bool) 
     elif form.kind == "windows":
         packed[MASK] = _with_windows(model, block_mask(numbers, causal))
     elif form.kind == "flat":
-        edges = _document_edges(numbers)
+        begins = np.append(np.flatnonzero(_begins(on_host)), on_host.size).astype(np.int32)
+        edges, longest = copy_to(begins, numbers.device), int(np.diff(begins).max())
         packed = {name: value.reshape(1, -1) for name, value in packed.items()}
-        longest = int(edges.diff().max())
         packed |= {"use_cache": False} if causal else {}
         packed |= {MASK: None, "cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
         packed |= {"max_length_q": longest, "max_length_k": longest}
@@ -97,14 +109,6 @@ def _for_attention(model: "PreTrainedModel", sees: Tensor) -> Tensor:
     dtype = next(model.parameters()).dtype
     hidden = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
     return hidden.masked_fill_(~sees, torch.finfo(dtype).min)
-
-
-def _document_edges(numbers: Tensor) -> Tensor:
-    """Return where documents begin in [B·S], and its end: int32. Padding counts as one."""
-    begins = torch.ones_like(numbers, dtype=torch.bool)
-    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
-    starts = begins.flatten().nonzero()[:, 0]
-    return torch.cat([starts, starts.new_tensor([numbers.numel()])]).int()
 
 
 def _with_windows(model: "PreTrainedModel", sees: Tensor) -> dict[str, Tensor]:

@@ -56,7 +56,8 @@ class PendingNumbers:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values = host.copy_(values, non_blocking=True)
             self._arrival = torch.cuda.Event()
-            self._arrival.record()
+            # The copy runs on the stream of the numbers' device, which need not be the current one.
+            self._arrival.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> list[float]:
         """Wait for the numbers and return them."""

@@ -1,13 +1,10 @@
 """Steps that are read late, as on a GPU: nothing is waited for, and nothing else changes."""
 
 import json
-import sys
-from collections import Counter
 from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.train import loop, prepare
@@ -17,8 +14,6 @@ from rekindle.train.steps.take import Judge
 from testlib.loop import ALL, run, stop_at, train_config
 from testlib.objective.ahead import Noted, Sends
 from testlib.students import metrics, same_weights
-
-READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
 
 
 @pytest.fixture
@@ -109,61 +104,6 @@ def test_a_bad_step_changes_nothing(masked_world, tmp_path, monkeypatch, late, s
     name = "stopped-at-step-00000007.json"
     late_suspects, suspects = (tmp_path / which / name for which in ("late", "once"))
     assert json.loads(late_suspects.read_text()) == json.loads(suspects.read_text())
-
-
-def ours():
-    """Whether the call comes from the loop's side: the kernels look at values on a CPU alone."""
-    frame = sys._getframe(1)
-    while frame is not None and "/kernels/" not in frame.f_code.co_filename:
-        frame = frame.f_back
-    return frame is None
-
-
-class Reads(TorchDispatchMode):
-    """Counts what a host must wait for its device to say."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in READS and ours():
-            self.found[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("micro", [None, 4])
-def test_a_step_reads_nothing_from_its_device(masked_world, tmp_path, monkeypatch, late, micro):
-    """In any of its passes, of language models and experts, padded; what was left by the step
-    before is read outside it, once.
-    """
-    take, found, counted = loop.take_step, [], Counter()
-    for name in ("tolist", "numpy", "cpu"):  # which a CPU does without an operation
-        real = getattr(torch.Tensor, name)
-
-        def counting(tensor, *args, real=real, name=name, **kwargs):
-            counted[name] += ours()
-            return real(tensor, *args, **kwargs)
-
-        monkeypatch.setattr(torch.Tensor, name, counting)
-
-    def watched(*given):
-        read = dict(+counted)
-        counted.clear()
-        with Reads() as mode:
-            taken = take(*given)
-        found.append((read, dict(mode.found), dict(+counted)))
-        counted.clear()
-        return taken
-
-    monkeypatch.setattr(loop, "take_step", watched)
-    config = train_config(
-        ALL, steps=4, evaluate_every=9, log_gradients_every=None, micro_batch_sequences=micro
-    )
-    run(masked_world, tmp_path / "run", config)
-    assert [step for _, *step in found] == [[{}, {}]] * 4
-    assert [read for read, *_ in found[1:]] == [{}, {"tolist": 1}, {"tolist": 1}]
 
 
 def test_batches_of_similar_lengths_go_on_to_the_same_bits(masked_world, tmp_path):

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from rekindle.data.errors import InputError
+from rekindle.train.device_batch import model_inputs
 from rekindle.train.model.sight import (
     SightError,
     check_sight,
@@ -18,8 +19,10 @@ from rekindle.train.model.split_model import SplitLanguageModel
 from rekindle.train.packed.forms import Form, as_read, possible_forms
 from rekindle.train.student import Student
 from testlib.families.rows import FAMILIES
+from testlib.host.reads import Reads, counting_copies
 from testlib.run_alone import CLASSIFIER
 
+CPU = torch.device("cpu")
 SIZES = {
     "vocab_size": 90,
     "hidden_size": 16,
@@ -238,13 +241,14 @@ def assert_read_alone(split):
                 split.states({"input_ids": one, "attention_mask": torch.ones_like(one)})[0]
             )
             at, place = at + length, place + length
-    inputs = {
-        "input_ids": rows,
-        "document_numbers": numbers,
-        "attention_mask": (numbers >= 0).long(),
-    }
+    lengths = (numbers >= 0).sum(dim=1).numpy()
+    inputs = model_inputs(rows.numpy(), lengths, CPU, None, numbers.numpy())
     select = (numbers.flatten() >= 0).nonzero()[:, 0]
-    _, states = split.hidden(inputs, select)
+    split.hidden(inputs, select[:1])  # what is found by trying is found now
+    with Reads() as reads, pytest.MonkeyPatch.context() as patch:
+        copied = counting_copies(patch)
+        _, states = split.hidden(inputs, select)
+    assert not reads.found + copied
     assert torch.allclose(states[numbers >= 0], torch.cat(alone), atol=1e-5)
 
 

@@ -19,7 +19,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.pipeline.caching import compute_unit, sampling, scoring
 from rekindle.pipeline.caching import teachers as teachers_module
-from rekindle.pipeline.caching.batching import run_batches
+from rekindle.pipeline.caching.batching import padded_inputs, run_batches
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.caching.in_flight import (
     IN_FLIGHT_BYTES,
@@ -29,11 +29,13 @@ from rekindle.pipeline.caching.in_flight import (
     Pending,
     TransferBeside,
 )
+from rekindle.train.host.known import values_of
 from rekindle.train.model.files import Placement
 from testlib.caches import examples
 from testlib.estimators import teachers_of
 from testlib.killing import contents
 from testlib.models import AUTO
+from testlib.vocabularies.dialogues import write_rows
 
 STANDS_IN = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
 KINDS = ["topk", "threshold", "random", "hidden", "dense"]
@@ -162,6 +164,34 @@ def test_bytes_and_order_are_those_of_a_host_that_waits(
     assert most == 3  # two of a unit, and the first of the next
     models = 1 + len(experts)
     assert behind == device.batch + 1 - models  # all but the last of each model
+
+
+@STANDS_IN
+@pytest.mark.parametrize("packing", ["document", "packed"])
+@pytest.mark.parametrize(("family", "extra"), [("gpt2", {}), ("mistral", {"sliding_window": 8})])
+def test_nor_is_a_causal_teacher_waited_for(
+    tmp_path, configure, make_model, bytelevel, on_device, family, extra, packing
+):
+    """In full batches, in padded ones, and in rows of several documents."""
+    model = make_model(family, AUTO["causal_lm"], bytelevel, **extra)
+    teacher = {"name": "t", "task": "causal_lm", "model": str(model)} | {"batch_tokens": 60}
+    texts = [{"text": " ".join(["the old river runs"] * count)} for count in (1, 3, 1, 9, 2, 6, 2)]
+    source = str(write_rows(tmp_path / "texts.jsonl", texts))
+    corpus = {"tokenizer": str(bytelevel), "packing": packing, "source": source}
+    corpus |= {"domain_field": None, "limit_sequences": None}
+    device, full = on_device(), set()
+
+    def noting(teacher: Any, sequences: list[Any]) -> dict[str, Tensor]:
+        inputs = padded_inputs(teacher, sequences)
+        known = values_of(inputs["attention_mask"])
+        full.add(known is not None and bool(known.all()))
+        return inputs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compute_unit, "padded_inputs", noting)
+        cache_teachers(configure(tmp_path / packing, [teacher], corpus))
+    assert full == {True, False}
+    assert device.batch > 1
 
 
 @STANDS_IN
