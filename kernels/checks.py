@@ -125,7 +125,10 @@ def prepare_targets(
     """
     rows, device, encoded = len(student.inputs), student.inputs.device, settings.kept > 0
     ids, probs, tail, labels, weight = targets[:5]
-    shapes = f"for target_ids and target_probs [N,K], all else [N], with N = {rows} rows"
+
+    def shapes() -> str:
+        return f"for target_ids and target_probs [N,K], all else [N], with N = {rows} rows"
+
     check_tensor("target_ids", ids, (rows, "K"), shapes, device)
     check_tensor("target_probs", probs, tuple(ids.shape), shapes, device)
     for name, tensor in {"tail_prob": tail, "labels": labels, "row_weight": weight}.items():
@@ -225,10 +228,7 @@ def _check_mixed_values(
 def _raise_or_find_full(
     targets: KernelTargets, vocabulary: int, settings: LossSettings, sums: Sums
 ) -> bool:
-    """Raise ValueError, naming the row, for wrong values in the rows that count.
-
-    Return the result of `_is_valid_and_full`.
-    """
+    """Raise ValueError, naming the row, for wrong values; else return `_is_valid_and_full`."""
     if _is_valid_and_full(targets, vocabulary, settings, sums):
         return True
     if _all_pass(targets, vocabulary, settings, sums):

@@ -66,7 +66,10 @@ def check_encoded(targets: EncodedTargets, rows: int, device: torch.device) -> N
     types |= {"log_prob_min": torch.uint16, "tail_log_odds": torch.int16, "ids_high": torch.uint8}
     if targets.log_prob_min is None:
         types["values"] = torch.uint16
-    requirement = f"as a cache stores N = {rows} rows of targets"
+
+    def requirement() -> str:
+        return f"as a cache stores N = {rows} rows of targets"
+
     for name, dtype in types.items():
         tensor = getattr(targets, name)
         if tensor is None and name in ("log_prob_min", "ids_high"):
@@ -74,12 +77,12 @@ def check_encoded(targets: EncodedTargets, rows: int, device: torch.device) -> N
         shape = {"ids": (rows, "K"), "values": (rows, "K"), "ids_high": (rows, "Q")}
         if not isinstance(tensor, Tensor):
             raise ValueError(
-                f"the targets' {name} is {type(tensor).__qualname__}; give {requirement}"
+                f"the targets' {name} is {type(tensor).__qualname__}; give {requirement()}"
             )
         check_tensor(f"the targets' {name}", tensor, shape.get(name, (rows,)), requirement, device)
         if tensor.dtype != dtype:
             raise ValueError(
-                f"the targets' {name} is {tensor.dtype}; it must be {dtype}, {requirement}"
+                f"the targets' {name} is {tensor.dtype}; it must be {dtype}, {requirement()}"
             )
     kept, high = targets.ids.shape[1], targets.ids_high
     if targets.values.shape[1] != kept:

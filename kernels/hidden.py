@@ -145,10 +145,13 @@ def check_whole(targets: WholeTargets, rows: int, vocabulary: int, device: torch
         size = -1 if targets.weight is None else targets.weight.shape[-1]
         sizes = {"weight": (vocabulary, size), "states": (rows, size)}
         sizes |= {"scale": (rows,), "bias": (vocabulary,)}
-    requirement = f"for the student's N = {rows} rows and V = {vocabulary} ids"
+
+    def requirement() -> str:
+        return f"for the student's N = {rows} rows and V = {vocabulary} ids"
+
     for name, shape in sizes.items():
         if getattr(targets, name) is None and name not in ("scale", "bias"):
-            raise ValueError(f"the teacher's {name} is missing; it is {shape}, {requirement}")
+            raise ValueError(f"the teacher's {name} is missing; it is {shape}, {requirement()}")
         check_tensor(f"the teacher's {name}", getattr(targets, name), shape, requirement, device)
     values = targets.weight if isinstance(targets, HiddenTargets) else targets.log_probs
     if not values.is_floating_point():

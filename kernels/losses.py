@@ -81,7 +81,7 @@ def kd_loss(
 
     The gradient is exactly the derivative of the returned loss. Targets and row_weight get none.
     Numbers may be NumPy scalars or tensors of no dimension, too; they are read, so the host waits
-    for one that is on a GPU.
+    for one that is on a GPU. torch.compile compiles anew for another number, not for other rows.
 
     Args:
         logits: [N,V] float64 (computed and returned in float64), float32, bfloat16 or float16
@@ -324,8 +324,11 @@ def merge_targets(
                 "the temperature, which `rekindle.kernels.encoded.decode` makes of EncodedTargets"
             )
     rows = len(teachers[0][0])
+
+    def shapes() -> str:
+        return f"for ids and probs [N,K] and tail [N] with N = {rows}"
+
     for t, (ids, probs, tail) in enumerate(teachers):
-        shapes = f"for ids and probs [N,K] and tail [N] with N = {rows}"
         check_tensor(f"teacher {t}'s ids", ids, (rows, "K"), shapes)
         check_tensor(f"teacher {t}'s probs", probs, tuple(ids.shape), shapes)
         check_tensor(f"teacher {t}'s tail", tail, (rows,), shapes)

@@ -5,7 +5,7 @@ Shapes: N rows, V vocabulary, K kept ids a row.
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import NamedTuple
 
@@ -72,12 +72,13 @@ def check_tensor(
     name: str,
     tensor: Tensor | None,
     shape: tuple[int | str, ...],
-    why: str,
+    why: str | Callable[[], str],
     device: torch.device | None = None,
 ) -> None:
     """Raise ValueError for a tensor of another shape, or on another device than the student's.
 
-    A word in ``shape`` fits any size.
+    A word in ``shape`` fits any size. A ``why`` with sizes in it is a function: torch.compile takes
+    a size in a string for a constant, and would compile anew for every number of rows.
     """
     if tensor is None:
         return
@@ -93,7 +94,7 @@ def check_tensor(
     if len(given) != len(shape) or any(
         actual != size for actual, size in sizes if isinstance(size, int)
     ):
-        expected = str(shape).replace("'", "")
+        expected, why = str(shape).replace("'", ""), why if isinstance(why, str) else why()
         raise ValueError(f"{name} is {given}; it must be {expected}, {why}")
     if device is not None and tensor.device != device:
         raise ValueError(

@@ -68,11 +68,13 @@ def run_batches(
 
     On a device that runs beside the host, up to ``teacher.transfer.max_in_flight`` batches are in
     flight: the results of one are fetched while the next is computed. A batch that runs out of
-    memory is halved, and with it the teacher's ``batch_tokens``; the rest of this unit and later
-    units start from there.
+    memory beside others in flight is run once more when these have come back. One that runs out of
+    memory alone is halved, and with it the teacher's ``batch_tokens``; the rest of this unit and
+    later units start from there.
     """
     batches = length_buckets(lengths, teacher.batch_tokens, teacher.equal_lengths)
     in_flight = deque[tuple[Rows, Pending]]()
+    tried_alone: Rows | None = None
     while batches or in_flight:
         if batches and len(in_flight) < teacher.transfer.max_in_flight:
             rows, batches = batches[0], batches[1:]
@@ -93,6 +95,14 @@ def run_batches(
                 "memory, and the other processes of tp_plan run the same batch: give it "
                 f"batch_tokens below {len(rows) * int(lengths[rows].max())}"
             )
+        if rows is not tried_alone and teacher.transfer.drain():
+            log.info(
+                "teacher %s: out of memory beside what was in flight; once more without it",
+                teacher.info.name,
+            )
+            tried_alone, batches = rows, [rows, *batches]
+            _free_unused_memory()
+            continue
         if len(rows) == 1:
             raise InputError(
                 f"teacher {teacher.info.name!r}: a single sequence of {lengths[rows[0]]} tokens "
@@ -110,8 +120,12 @@ def run_batches(
         for batch in (rows, *batches):
             remaining[batch] = lengths[batch]
         batches = length_buckets(remaining, teacher.batch_tokens, teacher.equal_lengths)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free_unused_memory()
+
+
+def _free_unused_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _unless_out_of_memory(

@@ -163,7 +163,7 @@ class UnitRun:
             for sharer in (teacher, *others):
                 more, columns = extra(sharer.info, rows), sharer.token_columns
                 blocks = scored_blocks(hidden, model.head, truth, sharer.info, more, columns)
-                pending.append([teacher.transfer.fetch(s, scorer.encode) for scorer, s in blocks])
+                pending.append([teacher.transfer.fetch(kept, finish) for finish, kept in blocks])
 
             def read_columns() -> Columns:
                 joined = {}

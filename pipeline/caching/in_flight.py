@@ -2,11 +2,16 @@
 while the next batch runs.
 
 On a GPU, only reading a batch waits, and the next one is started before that. Copies go through
-pinned memory: to the device on the computing stream, back on a stream of their own. On a CPU, where
-nothing runs in parallel, everything is available at once.
+pinned memory: to the device on the computing stream, back on a stream of their own. What is on its
+way back is bounded in bytes: of whole distributions a batch is more than a GPU or pinned memory
+should hold, and its blocks come back one after another. On a CPU, where nothing runs in parallel,
+everything is available at once.
 """
 
+from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +25,10 @@ Arrays = dict[str, NDArray]
 Finish = Callable[[Arrays], Columns]  # makes columns of results on the host
 Pending = Callable[[], Columns]  # waits for results, and returns their columns
 
+# Bytes on their way back at once: two blocks of logits on a GPU (``scoring.LOGITS_BYTES``). A batch
+# of top-k targets has some ten megabytes, one of hidden states half a gigabyte.
+IN_FLIGHT_BYTES = 1 << 30
+
 
 class Transfer(Protocol):
     """``max_in_flight``: batches that may be on their way back at once, which bounds memory."""
@@ -32,6 +41,12 @@ class Transfer(Protocol):
 
     def fetch(self, results: Mapping[str, Tensor], finish: Finish) -> Pending:
         """Begin to fetch results; the returned function gives their columns, once."""
+        ...
+
+    def drain(self) -> bool:
+        """Wait for all that is on its way back and free what it holds of the device; return
+        whether there was any. It can still be read.
+        """
         ...
 
 
@@ -49,13 +64,77 @@ class NoTransfer(Transfer):
         columns = finish({name: values.numpy() for name, values in results.items()})
         return lambda: columns
 
+    def drain(self) -> bool:
+        """Return False: nothing is on its way."""
+        return False
 
-class GpuTransfer(Transfer):
-    """To a CUDA device, and back."""
+
+@dataclass(eq=False)
+class _Copy:
+    size: int  # bytes
+    wait: Callable[[], Arrays] | None  # None: it has arrived
+    arrays: Arrays | None = None
+
+
+class TransferBeside(Transfer):
+    """To a device that runs beside the host, and back: at most ``budget`` bytes at once, or the
+    results of one ``fetch``.
+    """
 
     max_in_flight = 2
 
+    def __init__(self, budget: int = IN_FLIGHT_BYTES):
+        self.budget, self._on_their_way = budget, deque[_Copy]()
+
+    @abstractmethod
+    def begin_copy(self, results: Mapping[str, Tensor]) -> Callable[[], Arrays]:
+        """Begin to copy results to the host. The returned function waits for them and returns
+        them in memory of the host alone; it keeps no tensor of the device.
+        """
+
+    def fetch(self, results: Mapping[str, Tensor], finish: Finish) -> Pending:
+        """Begin to fetch results. Where they exceed the budget with those on their way, the oldest
+        of these are taken first, which waits for them.
+        """
+        size = sum(values.nbytes for values in results.values())
+        while self._on_their_way and self._bytes + size > self.budget:
+            self._take(self._on_their_way[0])
+        copy = _Copy(size, self.begin_copy(results))
+        self._on_their_way.append(copy)
+
+        def read() -> Columns:
+            self._take(copy)
+            assert copy.arrays is not None
+            arrays, copy.arrays = copy.arrays, None
+            return finish(arrays)
+
+        return read
+
+    def drain(self) -> bool:
+        """Take all that is on its way."""
+        had_any = bool(self._on_their_way)
+        while self._on_their_way:
+            self._take(self._on_their_way[0])
+        return had_any
+
+    @property
+    def _bytes(self) -> int:
+        return sum(copy.size for copy in self._on_their_way)
+
+    def _take(self, copy: _Copy) -> None:
+        """Wait for a copy, unless that was done before, and free what it holds."""
+        if copy.wait is None:
+            return
+        wait, copy.wait = copy.wait, None
+        self._on_their_way.remove(copy)
+        copy.arrays = wait()
+
+
+class GpuTransfer(TransferBeside):
+    """To a CUDA device, and back."""
+
     def __init__(self, device: torch.device):
+        super().__init__()
         self.device = device
         # by device, for a model spread over several
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -64,9 +143,14 @@ class GpuTransfer(Transfer):
         """Return the array on the device; the copy completes before its first use."""
         return torch.from_numpy(values).pin_memory().to(self.device, non_blocking=True)
 
-    def fetch(self, results: Mapping[str, Tensor], finish: Finish) -> Pending:
-        """Copy to pinned memory, which is freed as soon as it has been read."""
-        pinned: dict[str, Tensor] = {}
+    def begin_copy(self, results: Mapping[str, Tensor]) -> Callable[[], Arrays]:
+        """Copy to pinned memory, which is free again once it has been taken. The device's memory is
+        free for later work when the copy is done, as ``record_stream`` tells its allocator.
+
+        torch keeps pinned memory in sizes of powers of two and never returns it: so much as was on
+        its way at once, up to twice, for each of the sizes that a run's results have.
+        """
+        names, pinned = list(results), dict[str, Tensor]()
         events: list[torch.cuda.Event] = []
         for device in dict.fromkeys(values.device for values in results.values()):
             if device not in self._streams:
@@ -82,14 +166,12 @@ class GpuTransfer(Transfer):
                 events.append(torch.cuda.Event())
                 events[-1].record(copy_stream)
 
-        def wait_and_finish() -> Columns:
+        def wait() -> Arrays:
             for event in events:
                 event.synchronize()
-            arrays = {name: np.array(pinned[name].numpy()) for name in results}
-            pinned.clear()
-            return finish(arrays)
+            return {name: np.array(pinned.pop(name).numpy()) for name in names}
 
-        return wait_and_finish
+        return wait
 
 
 def transfer_to(device: str) -> Transfer:

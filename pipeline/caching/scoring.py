@@ -18,6 +18,8 @@ from rekindle.data.targets.codec import Columns, encode_odds, fixed_point
 from rekindle.data.targets.head import encode_hidden
 from rekindle.data.targets.kinds.registry import KINDS
 from rekindle.data.targets.schema import MAPPED_MASS, TeacherInfo, rank_dtype
+from rekindle.pipeline.caching.encoding import on_device
+from rekindle.pipeline.caching.in_flight import Finish
 from rekindle.pipeline.caching.sampling import random_sample, threshold_sample, uniforms
 from rekindle.pipeline.caching.vocabulary import TokenColumns
 from rekindle.train.model.split_model import OutputHead
@@ -26,11 +28,16 @@ from rekindle.train.model.split_model import OutputHead
 # reuse the block: larger ones are mapped and unmapped at every operation, and page faults then cost
 # more than the arithmetic.
 LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+# On a GPU, blocks whose scores are no larger together are encoded and copied at once: every
+# operation and every copy costs the host some microseconds, however little it has to do.
+TOGETHER_BYTES = 64 << 20
 LOWEST = -1e5  # stands for −inf below the largest logit: its exponential is 0, and 0 · LOWEST is 0
 
 # The log-probability of an id that is no token, where all are stored: zero in any sum, but finite
 # for a reverse divergence, which multiplies it by the student's probability of the id.
 NO_TOKEN = -100.0
+
+NOT_FINITE = "not_finite"  # beside scores: whether the teacher's logits are NaN or +inf
 
 # What some kinds need of each row besides its logits: the keys [N,2] that draw a sample, or the ids
 # [N,K] already stored, for tails.
@@ -49,8 +56,8 @@ def score_hidden(
 
     Like ``scored_blocks``, but waits for the device.
     """
-    for scorer, scores in scored_blocks(hidden, head, gold, info, extra, tokens):
-        yield scorer.encode(scores)
+    for finish, scores in scored_blocks(hidden, head, gold, info, extra, tokens):
+        yield finish({name: values.cpu().numpy() for name, values in scores.items()})
 
 
 def scored_blocks(
@@ -60,9 +67,10 @@ def scored_blocks(
     info: TeacherInfo,
     extra: Extra = None,
     tokens: TokenColumns | None = None,
-) -> Iterator[tuple["Scorer", dict[str, Tensor]]]:
-    """Yield, for a bounded block of rows of ``hidden`` [N,H] at a time, the scorer that encodes it
-    and what is kept of it, on the device. Does not wait for the device.
+) -> Iterator[tuple[Finish, dict[str, Tensor]]]:
+    """Yield, for a bounded number of rows of ``hidden`` [N,H] at a time, what makes columns of them
+    on the host, and what is kept of them on the device: encoded there if it is no CPU (on which
+    NumPy encodes, whose bytes define the format). Does not wait for the device.
 
     ``gold`` [N] are the true ids. ``tokens``: which logits belong to which ids; None: row i belongs
     to id i, each a token.
@@ -78,12 +86,46 @@ def scored_blocks(
     hidden, gold = hidden.to(device), gold.to(device)
     extra = None if extra is None else extra.to(device)
     step = max(1, LOGITS_BYTES[device.type] // (4 * info.vocabulary_size))
-    for start in range(0, len(hidden), step):
-        states, truth = hidden[start : start + step], gold[start : start + step]
-        block_extra = None if extra is None else extra[start : start + step]
-        logits = head_of_tokens.logits(states)
-        mass = {} if tokens.rows is None else {MAPPED_MASS: tokens.mapped_mass(logits)}
-        yield scorer, mass | scorer.compute(states, tokens.arranged(logits), truth, block_extra)
+
+    def blocks() -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(hidden), step):
+            states, truth = hidden[start : start + step], gold[start : start + step]
+            block_extra = None if extra is None else extra[start : start + step]
+            logits = head_of_tokens.logits(states)
+            mass = {} if tokens.rows is None else {MAPPED_MASS: tokens.mapped_mass(logits)}
+            yield mass | scorer.compute(states, tokens.arranged(logits), truth, block_extra)
+
+    if _may_read(hidden):
+        yield from ((scorer.encode, scores) for scores in blocks())
+    else:
+        for scores in _together(blocks()):
+            yield scorer.to_host, scorer.encode_on_device(scores)
+
+
+def _together(blocks: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Join the scores of consecutive blocks, up to TOGETHER_BYTES."""
+    waiting, size = list[dict[str, Tensor]](), 0
+    for scores in blocks:
+        block_size = sum(values.nbytes for values in scores.values())
+        if waiting and size + block_size > TOGETHER_BYTES:
+            yield _joined(waiting)
+            waiting, size = [], 0
+        waiting.append(scores)
+        size += block_size
+        del scores
+        if size >= TOGETHER_BYTES:  # not held while the next block is made
+            yield _joined(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(blocks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return scores one after another; of ``not_finite``, whether it holds of any."""
+    if len(blocks) == 1:
+        return blocks[0]
+    joined = {n: torch.cat([one[n] for one in blocks]) for n in blocks[0] if n != NOT_FINITE}
+    return joined | {NOT_FINITE: torch.stack([one[NOT_FINITE] for one in blocks]).any()}
 
 
 def _may_read(values: Tensor) -> bool:
@@ -148,7 +190,7 @@ class Scorer:
         as not to wait.
         """
         if not _may_read(logits):
-            return {"not_finite": ~torch.isfinite(highest).all() | torch.isnan(logits).any()}
+            return {NOT_FINITE: ~torch.isfinite(highest).all() | torch.isnan(logits).any()}
         if not bool(torch.isfinite(highest).all()) or bool(torch.isnan(logits).any()):
             raise self._not_finite()
         return {}
@@ -162,11 +204,13 @@ class Scorer:
         )
 
     def to_host(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
-        """Return scores on the host; raise InputError if the teacher's logits were NaN or +inf."""
+        """Return scores, or encoded columns, on the host; raise InputError if the teacher's logits
+        were NaN or +inf.
+        """
         host_arrays = {
             n: v.cpu().numpy() if isinstance(v, Tensor) else v for n, v in scores.items()
         }
-        if host_arrays.pop("not_finite", False):
+        if host_arrays.pop(NOT_FINITE, False):
             raise self._not_finite()
         return host_arrays
 
@@ -184,6 +228,10 @@ class Scorer:
             "entropy": fixed_point(np.maximum(columns["entropy"], 0)),
         }
 
+    def encode_on_device(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the same columns made on the device."""
+        return {**scores, **on_device.encode_scalars(scores, self.info.vocabulary_size or 0)}
+
 
 class TopKScorer(Scorer):
     """The K likeliest ids and the mass outside them."""
@@ -199,6 +247,13 @@ class TopKScorer(Scorer):
         parts = [columns.pop(name) for name in ("ids", "log_probs", "tail_log_odds")]
         codec = self.kind.codec
         return columns | codec.encode(parts[0], parts[1], parts[2], self.info.vocabulary_size or 0)
+
+    def encode_on_device(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the same columns made on the device."""
+        columns = super().encode_on_device(scores)
+        ids, log_probs, odds = (columns.pop(n) for n in ("ids", "log_probs", "tail_log_odds"))
+        encode = on_device.ENCODERS[self.info.codec]
+        return columns | encode(ids, log_probs, odds, self.info.vocabulary_size or 0)
 
 
 class ThresholdScorer(TopKScorer):
@@ -252,6 +307,11 @@ class HiddenScorer(Scorer):
         stored, scale = encode_hidden(columns.pop("hidden"))
         return columns | {"hidden": stored, "hidden_scale": scale}
 
+    def encode_on_device(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the same columns made on the device."""
+        columns = super().encode_on_device(scores)
+        return columns | on_device.encode_hidden(columns["hidden"])
+
 
 class TailsScorer(Scorer):
     """Tail masses of ids already stored."""
@@ -269,6 +329,10 @@ class TailsScorer(Scorer):
     def encode(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
         """Return the odds as they are stored."""
         return {"tail_log_odds": encode_odds(self.to_host(scores)["tail_log_odds"])}
+
+    def encode_on_device(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the same made on the device."""
+        return {**scores, "tail_log_odds": on_device.encode_odds(scores["tail_log_odds"])}
 
 
 SCORERS: dict[str, type[Scorer]] = {

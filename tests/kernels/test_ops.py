@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from rekindle.kernels import blockwise, ops
-from rekindle.kernels.hidden import WholeLogits
+from rekindle.kernels.hidden import DenseTargets, HiddenTargets, WholeLogits
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
-from rekindle.kernels.targets import KernelTargets, LossSettings
+from rekindle.kernels.targets import DecodedTargets, KernelTargets, LossSettings
 from testlib.kernels.encoded_rows import encoded_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,6 +107,34 @@ def test_numbers_that_change_and_targets_of_a_cache_compile_as_one_graph(impl: s
     for number in (0.5, 0.25, 0.75):
         given = case["hidden"], case["weight"], number
         torch.testing.assert_close(compiled(*given), linear(*given))
+
+
+def targets_of(kind: str, rows: int, vocabulary: int) -> Any:
+    probs, ids = torch.rand(rows, vocabulary).softmax(1).topk(3)
+    mixture = DecodedTargets(ids, probs, 1 - probs.sum(1))
+    return {
+        "decoded": mixture,
+        "three teachers": [mixture] * 3,
+        "encoded": encoded_rows(ids, 1.0),
+        "dense": DenseTargets(torch.rand(rows, vocabulary).log_softmax(1)),
+        "hidden": HiddenTargets(torch.randn(rows, 6), None, torch.ones(vocabulary, 6)),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["decoded", "three teachers", "encoded", "dense", "hidden"])
+def test_any_number_of_rows_is_one_compilation(kind: str) -> None:
+    """A step of masked LM has another number of rows each time."""
+    counter, w = CompileCounter(), torch.randn(50, 4)
+
+    def loss(x: Tensor, labels: Tensor, targets: Any) -> Tensor:
+        return linear_kd_loss(x, w, targets, labels=labels, ce_weight=0.5, impl="torch").loss
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=counter, dynamic=True)
+    for rows in (7, 9, 8):  # no other size of the call is one of these
+        given = torch.randn(rows, 4), torch.randint(50, (rows,)), targets_of(kind, rows, 50)
+        torch.testing.assert_close(compiled(*given), loss(*given))
+    assert counter.frame_count == 1
 
 
 def test_auto_compiles_too() -> None:

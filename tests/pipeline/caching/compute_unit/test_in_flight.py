@@ -6,6 +6,7 @@ would be written over, or asked for too early, shows.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,14 @@ from rekindle.pipeline.caching import compute_unit, sampling, scoring
 from rekindle.pipeline.caching import teachers as teachers_module
 from rekindle.pipeline.caching.batching import padded_inputs, run_batches
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
-from rekindle.pipeline.caching.in_flight import NoTransfer, Pending, Transfer
+from rekindle.pipeline.caching.in_flight import (
+    IN_FLIGHT_BYTES,
+    Arrays,
+    GpuTransfer,
+    NoTransfer,
+    Pending,
+    TransferBeside,
+)
 from rekindle.train.host.known import values_of
 from rekindle.train.model.files import Placement
 from testlib.caches import examples
@@ -31,28 +39,32 @@ from testlib.vocabularies.dialogues import write_rows
 
 STANDS_IN = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
 KINDS = ["topk", "threshold", "random", "hidden", "dense"]
+to_numpy = Tensor.numpy  # also where the host is refused to wait
 BATCH_TOKENS = 60  # of 5 sequences of up to 24
 
 
-class Device(Transfer):
-    """Notes what is asked of it, by the number of the batch."""
+class Device(TransferBeside):
+    """Notes what is asked of it, by the number of the batch, and the most bytes in flight."""
 
-    max_in_flight = 2
-
-    def __init__(self) -> None:
+    def __init__(self, budget: int = IN_FLIGHT_BYTES) -> None:
+        super().__init__(budget)
         self.send = NoTransfer().send
         self.events: list[tuple[str, int]] = []
-        self.batch = -1
+        self.batch, self.sizes, self.flying, self.most = -1, list[int](), 0, 0
 
-    def fetch(self, found: Any, finish: Any) -> Pending:
-        batch = self.batch
+    def begin_copy(self, found: Any) -> Callable[[], Arrays]:
+        batch, size = self.batch, sum(values.nbytes for values in found.values())
+        self.sizes.append(size)
+        self.flying += size
+        self.most = max(self.most, self.flying)
 
-        def read() -> Any:
-            if self.events[-1] != ("read", batch):
+        def wait() -> Arrays:
+            self.flying -= size
+            if self.events[-1:] != [("read", batch)]:
                 self.events.append(("read", batch))
-            return finish({name: values.numpy().copy() for name, values in found.items()})
+            return {name: to_numpy(values).copy() for name, values in found.items()}
 
-        return read
+        return wait
 
 
 class Waiting(TorchDispatchMode):
@@ -191,23 +203,23 @@ def test_a_batch_that_does_not_fit_leaves_the_others_be(
     cache_teachers(configure(tmp_path / "plenty", teachers))
     on_device()
     failed: list[int] = []
-    fetch = Device.fetch
+    begin_copy = Device.begin_copy
 
-    def failing(self: Device, found: Any, finish: Any) -> Pending:
+    def failing(self: Device, found: Any) -> Callable[[], Arrays]:
         if self.batch == 0:
             failed.append(0)
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        pending = fetch(self, found, finish)
+        wait = begin_copy(self, found)
 
-        def read() -> Any:
+        def waiting() -> Arrays:
             if failed == [0]:
                 failed.append(1)
                 raise MemoryError
-            return pending()
+            return wait()
 
-        return read
+        return waiting
 
-    monkeypatch.setattr(Device, "fetch", failing)
+    monkeypatch.setattr(Device, "begin_copy", failing)
     cache_teachers(configure(tmp_path / "little", teachers))
     assert failed == [0, 1]
     made = (examples(Cache.open(tmp_path / name)) for name in ("plenty", "little"))
@@ -217,6 +229,120 @@ def test_a_batch_that_does_not_fit_leaves_the_others_be(
         for each, again in pairs:
             np.testing.assert_array_equal(each.positions, again.positions)
             np.testing.assert_allclose(each.entropy, again.entropy, atol=2e-3)
+
+
+@STANDS_IN
+def test_blocks_of_whole_distributions_come_back_within_the_budget(
+    tmp_path, configure, language_models, on_device, monkeypatch
+):
+    """One after another, while others of their batch are made; the bytes stay the same."""
+    teachers = language_models[-1:]
+    monkeypatch.setitem(scoring.LOGITS_BYTES, "cpu", 4000)
+    cache_teachers(configure(tmp_path / "waits", teachers))
+    joined = on_device()
+    cache_teachers(configure(tmp_path / "joined", teachers))
+    monkeypatch.setattr(scoring, "TOGETHER_BYTES", 0)
+    device = on_device()
+    cache_teachers(configure(tmp_path / "unbounded", teachers))
+    largest = max(device.sizes)
+    assert device.most > 5 * largest
+    assert len(joined.sizes) == joined.batch + 1 < len(device.sizes) // 2
+    bounded = on_device()
+    bounded.budget = 2 * largest
+    cache_teachers(configure(tmp_path / "bounded", teachers))
+    assert largest < bounded.most <= bounded.budget
+    for name in ("joined", "unbounded", "bounded"):
+        assert contents(tmp_path / name) == contents(tmp_path / "waits")
+
+
+def test_what_is_in_flight_is_bounded_in_bytes():
+    """The oldest comes back for the next; a result above the budget is in flight alone; each is
+    read once, in any order, and has the values it had.
+    """
+    device, reads = Device(budget=100), list[Pending]()
+    for number, size in enumerate([40, 40, 40, 200, 10, 90]):
+        device.batch = number
+        reads.append(device.fetch({"x": torch.full((size,), number, dtype=torch.uint8)}, dict))
+    assert [number for _, number in device.events] == [0, 1, 2, 3]
+    assert (device.flying, device.most) == (100, 200)
+    for number in (4, 0, 3):
+        assert (reads[number]()["x"] == number).all()
+    assert [number for _, number in device.events] == [0, 1, 2, 3, 4]
+    assert device.drain()
+    assert device.flying == 0
+    assert not device.drain()
+    for number in (5, 2, 1):
+        assert (reads[number]()["x"] == number).all()
+    with pytest.raises(AssertionError):
+        reads[1]()
+
+
+class Memory:
+    """A device with room for so many rows, in flight or not, whose batches have the results 1."""
+
+    def __init__(self, rows: int, in_blocks: bool = False) -> None:
+        self.room, self.device, self.events = rows, Device(), list[tuple[Any, ...]]()
+        self.in_blocks = in_blocks  # whether a block has been fetched of a batch that has no room
+        take = self.device._take
+
+        def taking(copy: Any) -> None:
+            if copy.wait is not None:
+                self.events.append(("taken",))
+                self.room += copy.size
+            take(copy)
+
+        self.device._take = taking  # type: ignore[method-assign]
+
+    def forward(self, rows: Any) -> Pending:
+        self.events.append(("asked", rows.tolist()))
+        assert len(self.events) < 50
+        if len(rows) > self.room:
+            if self.in_blocks:
+                self.room -= 1
+                self.device.fetch({"x": torch.ones(1, dtype=torch.uint8)}, dict)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        self.room -= len(rows)
+        return self.device.fetch({"x": torch.ones(len(rows), dtype=torch.uint8)}, dict)
+
+    def run(self, batch_tokens: int) -> tuple[int, list[int]]:
+        """Run six rows of one token; return the budget left to batches, and the rows in their
+        order.
+        """
+        teacher: Any = SimpleNamespace(
+            info=SimpleNamespace(name="one"),
+            config=SimpleNamespace(tp_plan=None),
+            transfer=self.device,
+            batch_tokens=batch_tokens,
+            equal_lengths=False,
+        )
+        steps = [*run_batches(teacher, np.ones(6, np.int64), self.forward)]
+        batches = [one for one in steps if not isinstance(one, bool)]
+        return teacher.batch_tokens, np.concatenate([rows for rows, _ in batches]).tolist()
+
+
+def test_out_of_memory_beside_others_they_come_back_and_it_is_tried_again():
+    """At the same size, and from then on too."""
+    memory = Memory(rows=3)
+    assert memory.run(batch_tokens=2) == (2, [0, 1, 2, 3, 4, 5])
+    asked = [("asked", [0, 1]), ("asked", [2, 3]), ("taken",), ("asked", [2, 3])]
+    assert memory.events[:4] == asked
+    assert memory.events[4:] == [("asked", [4, 5]), ("taken",), ("asked", [4, 5]), ("taken",)]
+
+
+def test_out_of_memory_alone_halves_a_batch():
+    """At once with nothing in flight; else after what was in flight came back, and one more try."""
+    alone = Memory(rows=2)
+    assert alone.run(batch_tokens=3) == (1, [0, 1, 2, 3, 4, 5])
+    assert alone.events[:3] == [("asked", [0, 1, 2]), ("asked", [0]), ("asked", [1])]
+    beside = Memory(rows=2)
+    earlier = beside.device.fetch({"x": torch.ones(1, dtype=torch.uint8)}, dict)  # of another unit
+    assert beside.run(batch_tokens=4) == (2, [0, 1, 2, 3, 4, 5])
+    tried = [("asked", [0, 1, 2, 3]), ("taken",), ("asked", [0, 1, 2, 3]), ("asked", [0, 1])]
+    assert beside.events[:4] == tried
+    assert earlier()["x"].tolist() == [1]
+    by_itself = Memory(rows=2, in_blocks=True)
+    assert by_itself.run(batch_tokens=3) == (1, [0, 1, 2, 3, 4, 5])
+    assert [what for what, *_ in by_itself.events[:4]] == ["asked", "taken", "asked", "asked"]
 
 
 @STANDS_IN
@@ -272,3 +398,13 @@ def test_a_gpu_is_waited_for_by_nothing_else(
         for each, again in zip(one.targets["topk"], other.targets["topk"], strict=True):
             np.testing.assert_array_equal(each.positions, again.positions)
             np.testing.assert_allclose(each.entropy, again.entropy, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_keeps_no_copy_of_what_is_on_its_way():
+    transfer, before = GpuTransfer(torch.device("cuda")), torch.cuda.memory_allocated()
+    pending = transfer.fetch({"x": torch.ones(1 << 20, device="cuda")}, dict)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+    assert pending()["x"].all()

@@ -1,0 +1,1 @@
+"""What a teacher's device makes of scores before they come to the host."""
