@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rekindle.data.errors import InputError, RekindleError, first_words
 from rekindle.train.deferred.recording import Recording, Undeferrable
 from rekindle.train.deferred.shards import fill_in_shards
-from rekindle.train.host.known import plain
+from rekindle.train.host.known import give_plain_tensors
 from rekindle.train.launch import current_launch, local_rank
 from rekindle.train.student import Student
 
@@ -375,17 +375,7 @@ def compile_blocks(student: Student) -> None:
         log.warning("train.compile: %s has no repeated blocks", type(student.model).__name__)
     for block in layers:
         block.compile()
-        _give_plain_tensors(block)
-
-
-def _give_plain_tensors(block: Any) -> None:
-    """Let a compiled block see no mask of ``Known``: PyTorch compiles for no such class."""
-    compiled = block._compiled_call_impl
-
-    def call(*arguments: Any, **named: Any) -> Any:
-        return compiled(*map(plain, arguments), **{name: plain(one) for name, one in named.items()})
-
-    block._compiled_call_impl = call
+        give_plain_tensors(block)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -117,10 +117,18 @@ class Known(Tensor):
 
 
 def plain(value: Any) -> Any:
-    """Return a plain tensor for one of ``Known``, for what takes no others; any other value as it
-    is.
-    """
+    """Return a plain tensor for one of ``Known``; any other value as it is."""
     return value.as_subclass(Tensor) if isinstance(value, Known) else value
+
+
+def give_plain_tensors(block: Any) -> None:
+    """Let a compiled module see none of ``Known``: PyTorch compiles for no such class."""
+    compiled = block._compiled_call_impl
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        return compiled(*map(plain, arguments), **{name: plain(one) for name, one in named.items()})
+
+    block._compiled_call_impl = call
 
 
 def _forget(tensors: tuple[Any, ...]) -> None:
