@@ -68,34 +68,40 @@ def run_batches(
 
     On a device that runs beside the host, up to ``teacher.transfer.max_in_flight`` batches are in
     flight: the results of one are fetched while the next is computed. A batch that runs out of
-    memory beside others in flight is run once more when these have come back. One that runs out of
-    memory alone is halved, and with it the teacher's ``batch_tokens``; the rest of this unit and
-    later units start from there.
+    memory loses what came of it so far. If others were in flight, it is run once more when these
+    have come back. One that runs out of memory alone is halved, and with it the teacher's
+    ``batch_tokens``; the rest of this unit and later units start from there.
     """
+    transfer = teacher.transfer
     batches = length_buckets(lengths, teacher.batch_tokens, teacher.equal_lengths)
-    in_flight = deque[tuple[Rows, Pending]]()
+    in_flight = deque[tuple[Rows, Pending, range]]()  # with its fetches
     tried_alone: Rows | None = None
     while batches or in_flight:
-        if batches and len(in_flight) < teacher.transfer.max_in_flight:
-            rows, batches = batches[0], batches[1:]
+        if batches and len(in_flight) < transfer.max_in_flight:
+            rows, batches, begun = batches[0], batches[1:], transfer.fetches
             pending = _unless_out_of_memory(teacher, lambda rows=rows: forward(rows), rows)  # type: ignore[misc]
+            fetches = range(begun, transfer.fetches)
             if pending is not None:
-                in_flight.append((rows, pending))
+                in_flight.append((rows, pending, fetches))
                 yield not batches
                 continue
         else:
-            rows, pending = in_flight.popleft()
+            rows, pending, fetches = in_flight.popleft()
             columns = _unless_out_of_memory(teacher, pending, rows)
             if columns is not None:
                 yield rows, columns
                 continue
+        transfer.drop(fetches)
         if teacher.config.tp_plan:
             raise InputError(
                 f"teacher {teacher.info.name!r}: {counted(len(rows), 'sequence')} do not fit into "
                 "memory, and the other processes of tp_plan run the same batch: give it "
                 f"batch_tokens below {len(rows) * int(lengths[rows].max())}"
             )
-        if rows is not tried_alone and teacher.transfer.drain():
+        # A copy that the host has no memory for stays on its way, for its own batch to read.
+        if rows is not tried_alone and (
+            _unless_out_of_memory(teacher, transfer.drain, rows) is not False
+        ):
             log.info(
                 "teacher %s: out of memory beside what was in flight; once more without it",
                 teacher.info.name,

@@ -1,11 +1,11 @@
 """Transfers between the host and a teacher's device: arrays are sent there, and results come back
 while the next batch runs.
 
-On a GPU, only reading a batch waits, and the next one is started before that. Copies go through
-pinned memory: to the device on the computing stream, back on a stream of their own. What is on its
-way back is bounded in bytes: of whole distributions a batch is more than a GPU or pinned memory
-should hold, and its blocks come back one after another. On a CPU, where nothing runs in parallel,
-everything is available at once.
+On a GPU, reading a batch waits, and the next one is started before that. Copies go through pinned
+memory: to the device on the computing stream, back on a stream of their own. What is on its way
+back is bounded in bytes: of whole distributions a batch is more than a GPU or pinned memory should
+hold, and its blocks come back one after another, so ``fetch`` too waits while the bound is reached.
+On a CPU, where nothing runs in parallel, everything is available at once.
 """
 
 from abc import abstractmethod
@@ -31,9 +31,12 @@ IN_FLIGHT_BYTES = 1 << 30
 
 
 class Transfer(Protocol):
-    """``max_in_flight``: batches that may be on their way back at once, which bounds memory."""
+    """``max_in_flight``: batches that may be on their way back at once, which bounds memory.
+    ``fetches``: how many were begun, which numbers them.
+    """
 
     max_in_flight: int
+    fetches: int
 
     def send(self, values: NDArray) -> Tensor:
         """Return an array on the device; its memory may not be written to any more."""
@@ -45,15 +48,19 @@ class Transfer(Protocol):
 
     def drain(self) -> bool:
         """Wait for all that is on its way back and free what it holds of the device; return
-        whether there was any. It can still be read.
+        whether there was any. It can still be read; so can what remains after a MemoryError.
         """
+        ...
+
+    def drop(self, fetches: range) -> None:
+        """Forget what fetches of these numbers have on its way back: nobody will read it."""
         ...
 
 
 class NoTransfer(Transfer):
     """No transfer: host and device are one."""
 
-    max_in_flight = 1
+    max_in_flight, fetches = 1, 0
 
     def send(self, values: NDArray) -> Tensor:
         """Return the array as a tensor."""
@@ -68,9 +75,13 @@ class NoTransfer(Transfer):
         """Return False: nothing is on its way."""
         return False
 
+    def drop(self, fetches: range) -> None:
+        """Do nothing: nothing is on its way."""
+
 
 @dataclass(eq=False)
 class _Copy:
+    number: int  # of its fetch
     size: int  # bytes
     wait: Callable[[], Arrays] | None  # None: it has arrived
     arrays: Arrays | None = None
@@ -84,12 +95,13 @@ class TransferBeside(Transfer):
     max_in_flight = 2
 
     def __init__(self, budget: int = IN_FLIGHT_BYTES):
-        self.budget, self._on_their_way = budget, deque[_Copy]()
+        self.budget, self._on_their_way, self.fetches = budget, deque[_Copy](), 0
 
     @abstractmethod
     def begin_copy(self, results: Mapping[str, Tensor]) -> Callable[[], Arrays]:
         """Begin to copy results to the host. The returned function waits for them and returns
-        them in memory of the host alone; it keeps no tensor of the device.
+        them in memory of the host alone; it keeps no tensor of the device. After a MemoryError it
+        can be called again.
         """
 
     def fetch(self, results: Mapping[str, Tensor], finish: Finish) -> Pending:
@@ -99,8 +111,9 @@ class TransferBeside(Transfer):
         size = sum(values.nbytes for values in results.values())
         while self._on_their_way and self._bytes + size > self.budget:
             self._take(self._on_their_way[0])
-        copy = _Copy(size, self.begin_copy(results))
+        copy = _Copy(self.fetches, size, self.begin_copy(results))
         self._on_their_way.append(copy)
+        self.fetches += 1
 
         def read() -> Columns:
             self._take(copy)
@@ -117,17 +130,26 @@ class TransferBeside(Transfer):
             self._take(self._on_their_way[0])
         return had_any
 
+    def drop(self, fetches: range) -> None:
+        """Forget copies, without waiting: torch's allocators keep the memory of a copy on both
+        sides until it is done.
+        """
+        kept = (copy for copy in self._on_their_way if copy.number not in fetches)
+        self._on_their_way = deque(kept)
+
     @property
     def _bytes(self) -> int:
         return sum(copy.size for copy in self._on_their_way)
 
     def _take(self, copy: _Copy) -> None:
-        """Wait for a copy, unless that was done before, and free what it holds."""
+        """Wait for a copy, unless that was done before, and free what it holds. One that the host
+        has no memory for stays on its way.
+        """
         if copy.wait is None:
             return
-        wait, copy.wait = copy.wait, None
+        copy.arrays = copy.wait()
+        copy.wait = None
         self._on_their_way.remove(copy)
-        copy.arrays = wait()
 
 
 class GpuTransfer(TransferBeside):
@@ -169,7 +191,7 @@ class GpuTransfer(TransferBeside):
         def wait() -> Arrays:
             for event in events:
                 event.synchronize()
-            return {name: np.array(pinned.pop(name).numpy()) for name in names}
+            return {name: np.array(pinned[name].numpy()) for name in names}
 
         return wait
 

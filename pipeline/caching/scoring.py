@@ -166,7 +166,7 @@ class Scorer:
 
         The logits are overwritten. ``gold`` [N] are the true ids. Masses outside the kept ids are
         sums over those outside, never 1 − kept. Raises InputError if the teacher's logits are NaN
-        or +inf; on a GPU, ``encode`` does that, so as not to wait here.
+        or +inf; on a GPU, ``to_host`` does that, so as not to wait here.
         """
         with_tail = self.kind.has_tail
         corpus_logits = logits[:, : self.info.vocabulary_size]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -292,6 +293,14 @@ class Memory:
             take(copy)
 
         self.device._take = taking  # type: ignore[method-assign]
+        drop = self.device.drop
+
+        def dropping(fetches: range) -> None:
+            before = self.device._bytes
+            drop(fetches)
+            self.room += before - self.device._bytes
+
+        self.device.drop = dropping  # type: ignore[method-assign]
 
     def forward(self, rows: Any) -> Pending:
         self.events.append(("asked", rows.tolist()))
@@ -342,7 +351,80 @@ def test_out_of_memory_alone_halves_a_batch():
     assert earlier()["x"].tolist() == [1]
     by_itself = Memory(rows=2, in_blocks=True)
     assert by_itself.run(batch_tokens=3) == (1, [0, 1, 2, 3, 4, 5])
-    assert [what for what, *_ in by_itself.events[:4]] == ["asked", "taken", "asked", "asked"]
+    assert by_itself.events[:3] == [("asked", [0, 1, 2]), ("asked", [0]), ("asked", [1])]
+    assert not by_itself.device.drain()
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_copy_that_the_host_has_no_memory_for_is_taken_later(failures):
+    """Whichever batch asked for its place, at once or by draining; that one keeps its size."""
+    memory, left = Memory(rows=9), [None] * failures
+    memory.device.budget = 2
+    begin_copy = memory.device.begin_copy
+
+    def failing(found: Any) -> Callable[[], Arrays]:
+        wait = begin_copy(found)
+
+        def waiting() -> Arrays:
+            if left:
+                left.pop()
+                raise MemoryError
+            return wait()
+
+        return waiting
+
+    memory.device.begin_copy = failing  # type: ignore[method-assign]
+    assert memory.run(batch_tokens=2) == (2, [0, 1, 2, 3, 4, 5])
+    asked = [event for event in memory.events if event[0] == "asked"]
+    assert asked == [("asked", rows) for rows in ([0, 1], [2, 3], [2, 3], [4, 5])]
+
+
+def test_a_batch_that_cannot_be_read_leaves_none_of_its_blocks():
+    """Of two, the first does not fit into the host's memory."""
+    memory = Memory(rows=12)
+    forward, failed = memory.forward, list[int]()
+
+    def in_two(rows: Any) -> Pending:
+        first, second = forward(rows), forward(rows)
+
+        def read() -> Any:
+            if not failed:
+                failed.append(len(memory.device._on_their_way))
+                raise MemoryError
+            first()
+            return second()
+
+        return read
+
+    memory.forward = in_two  # type: ignore[method-assign]
+    assert memory.run(batch_tokens=6) == (3, [0, 1, 2, 3, 4, 5])
+    assert failed == [2]
+    assert not memory.device.drain()
+
+
+def test_pinned_memory_is_kept_until_all_of_it_is_copied(monkeypatch):
+    """With a GPU's streams replaced."""
+    empty, array, calls = torch.empty, np.array, list[Any]()
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, **_: empty(shape, dtype=dtype))
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
+    for name in ("Stream", "Event", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+
+    def failing(values: Any) -> Any:
+        calls.append(values)
+        if len(calls) == 2:
+            raise MemoryError
+        return array(values)
+
+    pending = GpuTransfer(torch.device("cpu")).fetch({"x": torch.ones(1), "y": torch.ones(2)}, dict)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "array", failing)
+        with pytest.raises(MemoryError):
+            pending()
+        assert {name: values.tolist() for name, values in pending().items()} == {
+            "x": [1],
+            "y": [1, 1],
+        }
 
 
 @STANDS_IN
