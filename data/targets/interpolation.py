@@ -1,5 +1,5 @@
 """Interpolate tails at a temperature between stored ones. NumPy only; the twin on a device is
-``kernels/interpolation.py``.
+``odds_at`` in ``kernels/encoded.py``.
 
 With lp the log-probabilities at τ = 1, L(1/τ) = log Σ exp(lp/τ) over the ids *outside* the kept
 ones is the log of a partition function. It is smooth in 1/τ, and its derivatives are the cumulants

@@ -158,7 +158,7 @@ class UnitRun:
         def forward(rows: Rows, inputs: Inputs) -> Pending:
             truth = teacher.tensor(np.concatenate([gold_ids[r] for r in rows]))
             model, chosen = teacher.language_model, self._flat_indices(inputs, rows, sources)
-            hidden, _ = model.hidden(with_known_padding(inputs), chosen)
+            hidden, _ = model.hidden(with_known_padding(inputs, self.teacher.model.config), chosen)
             pending: list[list[Pending]] = []
             for sharer in (teacher, *others):
                 more, columns = extra(sharer.info, rows), sharer.token_columns
@@ -239,7 +239,7 @@ class UnitRun:
 
         def forward(rows: Rows, inputs: Inputs) -> Pending:
             with explaining_run_errors(f"teacher {self.info.name!r} ({self.info.model})"):
-                vectors = encoder(with_known_padding(inputs), self.teacher.skipped)
+                vectors = encoder(with_known_padding(inputs, encoder.config), self.teacher.skipped)
             return self.teacher.transfer.fetch({"vectors": vectors}, dict)
 
         result = yield from self._run_batches(shown_ids, forward)
@@ -252,7 +252,9 @@ class UnitRun:
     def _logits(self, inputs: Inputs) -> Tensor:
         """Return an expert's logits in fp32; raise InputError if its own code fails."""
         with explaining_run_errors(f"teacher {self.info.name!r} ({self.info.model})"):
-            logits: Tensor = self.teacher.model(**with_known_padding(inputs)).logits.float()
+            logits: Tensor = self.teacher.model(
+                **with_known_padding(inputs, self.teacher.model.config)
+            ).logits.float()
         return logits
 
     def _expert_inputs(self) -> tuple[list[NDArray], list[NDArray] | None]:

@@ -58,7 +58,9 @@ class Known(Tensor):
     """A tensor of whole numbers or truth values that carries what is known of it through the
     functions of ``_COMPUTED``, and says it itself.
 
-    The device computes everything as always. What any other function returns is a plain tensor.
+    The device computes everything as always. What any other function returns is a plain tensor. A
+    write to one in place makes it forget; in inference mode, where PyTorch counts no writes, one
+    through a plain view of it is not noticed.
     """
 
     on_host: tuple[NDArray, int | None] | None
@@ -90,8 +92,9 @@ class Known(Tensor):
                 if result is None and name == "__setitem__":
                     _forget(args)
                 return result
-            if known is None and any(result is each for each in args):  # as if changed in place
-                _forget(args)
+            given = (*args, *named.values())
+            if known is None and any(result is each for each in given):  # as if changed in place
+                _forget(given)
             result = result.as_subclass(Tensor) if isinstance(result, cls) else result
             if known is None or known.shape != result.shape:
                 return result

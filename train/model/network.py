@@ -206,7 +206,7 @@ class StudentNetwork(nn.Module):
         body_inputs = inputs
         if SEGMENTS in inputs and not knows_segments(self.model.config):
             body_inputs = {name: value for name, value in inputs.items() if name != SEGMENTS}
-        body_inputs = with_known_padding(body_inputs)
+        body_inputs = with_known_padding(body_inputs, self.model.config)
         if self.prompts is not None:
             body_inputs = self.prompts.insert(body_inputs, self.model.get_input_embeddings())
             select = None if select is None else with_prompt(select, inputs["input_ids"].shape[1])

@@ -7,7 +7,7 @@ Shapes: B sequences of S tokens, N rows, H hidden.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,9 +98,14 @@ class ReplayedPasses(RecordedPasses):
 MASK = "attention_mask"
 
 
-def with_known_padding(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def with_known_padding(inputs: Mapping[str, Tensor], config: Any) -> Mapping[str, Tensor]:
     """Return a pass's inputs with a mask that says itself whether it hides anything, if the host
     knows it (``note``).
+
+    A model of ``config`` with flex attention gets the plain mask: it compiles what reads it, which
+    PyTorch does for no class of tensors, and would compute all scores uncompiled.
     """
     values = values_of(inputs[MASK])
-    return inputs if values is None else {**inputs, MASK: Known.of(inputs[MASK], values)}
+    if values is None or getattr(config, "_attn_implementation", None) == "flex_attention":
+        return inputs
+    return {**inputs, MASK: Known.of(inputs[MASK], values)}

@@ -59,7 +59,9 @@ def measure(toy: bool, add: Callable[[Row], None], left: Callable[[], float]) ->
         @torch.inference_mode()
         def bare() -> None:
             for inputs, select in batches:
-                hidden, _ = teacher.language_model.hidden(with_known_padding(inputs), select)
+                hidden, _ = teacher.language_model.hidden(
+                    with_known_padding(inputs, teacher.model.config), select
+                )
                 teacher.language_model.head.logits(hidden)
 
         def named() -> UnitRunner:

@@ -5,11 +5,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import masking_utils
+from transformers import BertConfig, masking_utils
 from transformers.modeling_flash_attention_utils import _get_unpad_data
 
 from rekindle.train.distributed import compile_blocks
 from rekindle.train.host.known import Known, are_equal, note, plain, values_of
+from rekindle.train.model.passes import with_known_padding
 from testlib.host.reads import Reads
 
 WIDTH = 6
@@ -122,7 +123,11 @@ def test_what_is_written_is_known_no_more(write):
     assert values_of(noted) is None
 
 
-@pytest.mark.parametrize("write", [write_in_place, write_an_item])
+def write_as_output(mask):
+    torch.logical_not(mask, out=mask)
+
+
+@pytest.mark.parametrize("write", [write_in_place, write_an_item, write_as_output])
 def test_nor_where_pytorch_does_not_count_what_is_written(write):
     with torch.inference_mode():
         _, known = mask_of([6, 6])
@@ -171,3 +176,13 @@ def test_a_compiled_block_sees_plain_tensors(monkeypatch):
     for layer, each in zip(model.layers, expected, strict=True):
         assert torch.equal(layer(states, known), each)
         assert torch.equal(layer(states, mask=known), each)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_flex_attention_gets_a_plain_mask(attention):
+    """It compiles the functions that read it, which PyTorch does for no class of tensors."""
+    mask = note(torch.ones(2, WIDTH, dtype=torch.bool), np.ones((2, WIDTH), bool))
+    config = BertConfig()
+    config._attn_implementation = attention
+    given = with_known_padding({"attention_mask": mask}, config)["attention_mask"]
+    assert type(given) is (Known if attention == "sdpa" else torch.Tensor)
