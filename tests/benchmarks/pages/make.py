@@ -110,9 +110,12 @@ def readme() -> Generated:
     bars = [(label, times[name]) for name, label in STEPS.items()]
     _, tau_1, tau_2, live = (f"{time:.2f}" for _, time in bars)
     title = "time of a training step, relative to a step without a teacher"
+    cached = f"{tau_1} times (τ = 1) to {tau_2} times (τ = 2)"
+    if tau_1 == tau_2:
+        cached = f"{tau_1} times (at τ = 1 and at τ = 2)"
     text = (
-        f"**Why**: a step with cached targets takes {tau_1} times (τ = 1) to {tau_2} times (τ = 2) "
-        f"as long as a step without a teacher; a step that runs the teacher takes {live} times as "
+        f"**Why**: a step with cached targets takes {cached} as long as a step without a teacher; a "
+        f"step that runs the teacher takes {live} times as "
         "long\n"
         f"({newest[-1]['device']}; BERT-mini, taught by MiniLM-L12; `tests/benchmarks/train.py`)."
         f"\n\n![{title}](docs/results/step_time.svg)"
