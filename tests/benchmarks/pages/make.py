@@ -114,9 +114,8 @@ def readme() -> Generated:
     if tau_1 == tau_2:
         cached = f"{tau_1} times (at τ = 1 and at τ = 2)"
     text = (
-        f"**Why**: a step with cached targets takes {cached} as long as a step without a teacher; a "
-        f"step that runs the teacher takes {live} times as "
-        "long\n"
+        f"**Why**: a step with cached targets takes {cached} as long as a step without a teacher; "
+        f"a step that runs the teacher takes {live} times as long\n"
         f"({newest[-1]['device']}; BERT-mini, taught by MiniLM-L12; `tests/benchmarks/train.py`)."
         f"\n\n![{title}](docs/results/step_time.svg)"
     )
