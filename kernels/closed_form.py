@@ -43,7 +43,7 @@ class Coefficients(NamedTuple):
 
 
 def block_buffers(settings: LossSettings, has_labels: bool) -> int:
-    """Return how many [C,V] blocks `loss_block` holds at once at most, the logits included."""
+    """Return the most [C,V] blocks that `loss_block` holds at once, the logits included."""
     second_softmax = settings.temperature != 1.0 and has_labels
     return 1 + second_softmax + (settings.softcap is not None)
 

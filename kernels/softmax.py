@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _PIECE_BYTES = 2**20  # half of the second-level cache of a core
-_PIECE = 256  # numbers whose squares are added one by one
+_SQUARES_A_SUM = 256  # more are summed in parts
 
 
 def may_read(values: Tensor) -> bool:
@@ -104,9 +104,9 @@ def _norm(x: Tensor) -> Tensor:
     PyTorch adds the squares of a row one by one, and a sum of 150,000 equal numbers is wrong in its
     fourth digit in float32.
     """
-    pieces = x.shape[1] // _PIECE
-    whole = x[:, : pieces * _PIECE].unflatten(1, (pieces, _PIECE))
-    rest = x[:, pieces * _PIECE :]
+    pieces = x.shape[1] // _SQUARES_A_SUM
+    whole = x[:, : pieces * _SQUARES_A_SUM].unflatten(1, (pieces, _SQUARES_A_SUM))
+    rest = x[:, pieces * _SQUARES_A_SUM :]
     norms = [torch.linalg.vector_norm(part, dim=-1) for part in (whole, rest[:, None])]
     return torch.linalg.vector_norm(torch.cat(norms, 1), dim=1, keepdim=True)
 
